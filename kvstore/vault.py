@@ -1,0 +1,288 @@
+"""Vault: the slots of one worker. Each is blank, held (read by a running sequence), idle (cached, keyed) or lent.
+
+    blank --new_span--> held --release, has keys--> idle --hold--> held
+      ^                  |                            |
+      |<--release, no keys                            |--evict (oldest first; on_evict may copy the bytes out)--> blank
+    blank|idle --take_for_loan--> lent --give_back--> blank|idle        idle --adopt--> lent
+
+`Vault` keeps the books and `Arena` the bytes: the books are pure and the leader of a chain of shards keeps them for all.
+Engine and servicer threads share a vault: every public method takes `lock`, and nobody computes or copies under it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import RLock
+
+import torch
+
+from kvbank.kvstore.layout import BlockKey, Layout, SlotId
+from kvbank.kvstore.prefix_index import PrefixIndex
+from kvbank.kvstore.span_table import GONE, LOCAL, Span
+
+
+class OutOfSlots(Exception):
+    """A take could not be met; nothing was taken. The scheduler makes room and tries again."""
+
+    def __init__(self, short: int, free: int, total: int) -> None:
+        super().__init__(f"{short} slots short: {free} of {total} are free")
+        self.short = short
+
+
+@dataclass(frozen=True, slots=True)
+class VaultCounts:
+    """Slots by state. They always add up to total."""
+
+    total: int
+    blank: int
+    idle: int
+    held: int
+    lent: int
+
+    @property
+    def free(self) -> int:
+        return self.blank + self.idle
+
+
+class Vault:
+    """Books of the slots. Knows spans and keys, never bytes."""
+
+    def __init__(
+        self,
+        num_slots: int,
+        *,
+        blocks_per_span: int,
+        lend_cap: int = 0,
+        on_evict: Callable[[Span], None] | None = None,
+        on_scrub: Callable[[list[SlotId]], None] | None = None,
+    ) -> None:
+        """lend_cap: slots that may be lent at once. on_evict: called before an idle span's slot is reused (spill).
+        on_scrub: called with slots about to be written by a new owner; their bytes become zero."""
+        self.lock = RLock()
+        self.index = PrefixIndex(blocks_per_span)
+        self.num_slots = num_slots
+        self.lend_cap = lend_cap
+        self.reserve = 0                       # slots kept back from lending for this worker's own admitted jobs
+        self._bps = blocks_per_span
+        self._on_evict = on_evict
+        self._on_scrub = on_scrub
+        self._blank = list(range(num_slots))   # a heap: low slots first, so that sequences get adjacent runs
+        self._idle: OrderedDict[int, Span] = OrderedDict()   # by uid, oldest first
+        self._held: dict[int, Span] = {}
+        self._lent: dict[SlotId, Span | None] = {}
+
+    # -- own sequences ----------------------------------------------------------------------------------------------
+
+    def counts(self) -> VaultCounts:
+        with self.lock:
+            return VaultCounts(self.num_slots, len(self._blank), len(self._idle), len(self._held), len(self._lent))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._blank) + len(self._idle)
+
+    def new_spans(self, number: int) -> list[Span]:
+        """`number` fresh writable spans with one reader each, evicting idle ones oldest first; all or nothing.
+
+        Their bytes are zero, so that what lies beyond the written tokens is finite. Raises OutOfSlots.
+        """
+        with self.lock:
+            if (short := number - self.num_free) > 0:
+                raise OutOfSlots(short, self.num_free, self.num_slots)
+            slots = self._claim(number)
+            spans = [Span(slot=slot, refs=1) for slot in slots]
+            self._held.update((span.uid, span) for span in spans)
+        return spans
+
+    def hold(self, span: Span) -> None:
+        """One more reader. An idle span is no longer evictable."""
+        with self.lock:
+            span.refs += 1
+            if self._idle.pop(span.uid, None) is not None:
+                self._held[span.uid] = span
+
+    def release(self, span: Span) -> bool:
+        """One reader less. True when nobody reads it any more and it is not LOCAL: the caller settles or drops it."""
+        with self.lock:
+            assert span.refs > 0, "a span was released more often than held"
+            span.refs -= 1
+            if span.refs:
+                return False
+            if span.place != LOCAL:
+                return True
+            if span.moving:
+                return False                   # the move's end decides
+            self.retire(span)
+            return False
+
+    def retire(self, span: Span) -> None:
+        """Nobody reads a LOCAL span: cache it when it has keys of its own, else blank its slot."""
+        with self.lock:
+            if any(self.index.find(key) is span for key in span.keys):
+                self._held.pop(span.uid, None)
+                self._idle[span.uid] = span
+            else:
+                self.drop(span)
+
+    def drop(self, span: Span) -> None:
+        """Forget the span and blank its slot, if it has one."""
+        with self.lock:
+            self.index.withdraw(span)
+            self._held.pop(span.uid, None)
+            self._idle.pop(span.uid, None)
+            if span.slot is not None:
+                heapq.heappush(self._blank, span.slot)
+            span.slot, span.place = None, GONE
+
+    def leave(self, span: Span, place: str) -> None:
+        """The span is read elsewhere now: blank its slot, keep its keys in the index."""
+        with self.lock:
+            self._held.pop(span.uid, None)
+            self._idle.pop(span.uid, None)
+            assert span.slot is not None
+            heapq.heappush(self._blank, span.slot)
+            span.slot, span.place = None, place
+
+    def settle_in(self, span: Span, slot: SlotId) -> None:
+        """The span is read in `slot` (taken by `take_slots`) from now on."""
+        with self.lock:
+            span.slot, span.place = slot, LOCAL
+            self._held[span.uid] = span
+
+    def take_slots(self, number: int) -> list[SlotId]:
+        """Bare slots for bytes that will arrive (a span coming home); give them back by `blank_slots`."""
+        with self.lock:
+            if (short := number - self.num_free) > 0:
+                raise OutOfSlots(short, self.num_free, self.num_slots)
+            slots = self._claim(number)
+            for slot in slots:
+                self._lent[slot] = None        # booked like a loan to ourselves until settle_in or blank_slots
+            return slots
+
+    def arrived(self, slot: SlotId) -> None:
+        """A slot taken by `take_slots` got its bytes; follow with settle_in."""
+        with self.lock:
+            del self._lent[slot]
+
+    def blank_slots(self, slots: Sequence[SlotId]) -> None:
+        with self.lock:
+            for slot in slots:
+                del self._lent[slot]
+                heapq.heappush(self._blank, slot)
+
+    def idle_spans(self) -> list[Span]:
+        """Idle spans, oldest first."""
+        with self.lock:
+            return list(self._idle.values())
+
+    def drop_idle(self) -> int:
+        """Forget everything cached and not read. Returns how many spans went."""
+        with self.lock:
+            spans = list(self._idle.values())
+            for span in spans:
+                self.drop(span)
+            return len(spans)
+
+    def _claim(self, number: int) -> list[SlotId]:
+        while len(self._blank) < number:
+            _, span = next(iter(self._idle.items()))
+            if self._on_evict is not None:
+                self._on_evict(span)
+            self.drop(span)
+        slots = [SlotId(heapq.heappop(self._blank)) for _ in range(number)]
+        if self._on_scrub is not None:
+            self._on_scrub(slots)
+        return slots
+
+    # -- the ledger's pool (kvstore/ledger.py SlotPool) ------------------------------------------------------------------
+
+    def lendable(self) -> int:
+        """Slots that a new loan could get now."""
+        with self.lock:
+            spare = self.num_free - self.reserve
+            return max(0, min(spare, self.lend_cap - len(self._lent)))
+
+    def take_for_loan(self, number: int) -> list[SlotId]:
+        """Up to `number` slots for a borrower; idle spans make room without being spilled."""
+        with self.lock:
+            number = min(number, self.lendable())
+            while len(self._blank) < number:
+                _, span = next(iter(self._idle.items()))
+                self.drop(span)
+            slots = [SlotId(heapq.heappop(self._blank)) for _ in range(number)]
+            self._lent.update(dict.fromkeys(slots))
+            return slots
+
+    def give_back(self, slot: SlotId, keys: Sequence[BlockKey] = (), tokens: bytes = b"") -> None:
+        """A loan on the slot ended. With keys its bytes stay as an idle cached span, evictable at once."""
+        with self.lock:
+            del self._lent[slot]
+            if not keys or self.index.find(keys[-1]) is not None:
+                heapq.heappush(self._blank, slot)
+                return
+            span = Span(slot=slot, keys=list(keys), tokens=tokens)
+            self.index.adopt(span)
+            self._idle[span.uid] = span
+
+    def lend_idle(self, key: BlockKey) -> Span | None:
+        """Turn the idle full span that ends with `key` into a lent slot: a borrower reads it where it lies."""
+        with self.lock:
+            span = self.index.find(key)
+            if (span is None or span.refs or span.place != LOCAL or span.moving or span.uid not in self._idle
+                    or len(span.keys) < self._bps or span.keys[-1] != key or len(self._lent) >= self.lend_cap):
+                return None
+            del self._idle[span.uid]
+            self.index.withdraw(span)
+            assert span.slot is not None
+            self._lent[span.slot] = span
+            return span
+
+    def check(self) -> list[str]:
+        """Broken conservation laws, in words; empty when all is well."""
+        with self.lock:
+            counts = self.counts()
+            wrong = []
+            if counts.blank + counts.idle + counts.held + counts.lent != counts.total:
+                wrong.append(f"L1: slots do not add up: {counts}")
+            places = [*self._blank, *self._lent, *(s.slot for s in self._idle.values()),
+                      *(s.slot for s in self._held.values())]
+            if len(set(places)) != len(places):
+                wrong.append("L1: a slot is in two states")
+            wrong += [f"idle span {s.uid} has readers" for s in self._idle.values() if s.refs]
+            return wrong
+
+
+class Arena:
+    """The bytes of a vault: one flat buffer of equal slots, seen through layouts."""
+
+    def __init__(self, num_slots: int, slot_bytes: int, device: str = "cpu") -> None:
+        self.num_slots = num_slots
+        self.slot_bytes = slot_bytes
+        self.device = device
+        self.bytes = torch.zeros(num_slots * slot_bytes, dtype=torch.uint8, device=device)
+
+    def view(self, layout: Layout) -> torch.Tensor:
+        """`[num_slots, layers, 2, kv_heads, span_tokens, head_dim]` in the layout's dtype, sharing the bytes.
+
+        The layout may need less than a slot: the rest of each slot is left alone.
+        """
+        dtype = getattr(torch, layout.dtype)
+        item = dtype.itemsize
+        assert layout.slot_bytes <= self.slot_bytes and self.slot_bytes % item == 0
+        layers, two, heads, tokens, dim = layout.slot_shape
+        flat = self.bytes.view(dtype)
+        strides = (self.slot_bytes // item, 2 * heads * tokens * dim, heads * tokens * dim, tokens * dim, dim, 1)
+        return flat.as_strided((self.num_slots, layers, two, heads, tokens, dim), strides)
+
+    def slot(self, slot: SlotId, length: int | None = None) -> torch.Tensor:
+        """The first `length` bytes of one slot, uint8, sharing the bytes."""
+        start = slot * self.slot_bytes
+        return self.bytes[start : start + (self.slot_bytes if length is None else length)]
+
+    def scrub(self, slots: Sequence[SlotId]) -> None:
+        """Zero the slots: whoever writes next never sees what was there, and unwritten tokens are finite."""
+        for slot in slots:
+            self.slot(slot).zero_()
