@@ -1,0 +1,247 @@
+"""Room: gets slots when the vault has none, and keeps the books of what this worker has elsewhere.
+
+The ladder of make_room, one rung after the other:
+
+    1 evict idle cached spans        (the vault does it by itself; their bytes spill to the tiers)
+    2 lend out the oldest full spans (a neighbour holds them and computes on them)
+    3 park them on the host tier     (read back through staging, layer by layer)
+    4 preempt the youngest job       (its spans become idle; it is found again by key)
+
+The oldest job is never preempted, so one job always progresses. Engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from kvbank.kvstore.layout import SlotId
+from kvbank.kvstore.span_table import GONE, HOST, LOCAL, REMOTE, Span
+from kvbank.kvstore.vault import OutOfSlots, Vault
+from kvbank.workers.seams import (
+    Adopted,
+    AdoptEnded,
+    Backend,
+    Bank,
+    BankEvent,
+    Lost,
+    Move,
+    Moved,
+    MustReturn,
+    Returned,
+    Stayed,
+)
+from kvbank.workers.sequence import Sequence
+
+
+class Room:
+    """One per engine."""
+
+    def __init__(
+        self, vault: Vault, backend: Backend, bank: Bank, *, blocks_per_span: int,
+        running: Callable[[], list[Sequence]], queued: Callable[[], list[Sequence]],
+        preemptable: Callable[[], list[Sequence]], preempt: Callable[[Sequence], None],
+    ) -> None:
+        """running, queued: oldest first. preemptable: running and not in the current plan. preempt: sends a running sequence back to the queue."""
+        self._vault, self._backend, self._bank = vault, backend, bank
+        self._bps = blocks_per_span
+        self._running, self._queued = running, queued
+        self._preemptable, self._preempt = preemptable, preempt
+        self._moving: dict[int, Span] = {}         # a copy is on its way to a lender
+        self.away: dict[int, Span] = {}            # REMOTE, by uid
+        self.parked: dict[int, Span] = {}          # HOST, by uid
+        self._returning: dict[int, SlotId] = {}    # REMOTE, a copy is on its way home into this slot
+        self.adopt_ended: list[str] = []
+        self.preemptions = 0
+
+    # -- making room -----------------------------------------------------------------------------------------------------
+
+    def make(self, seq: Sequence, short: int, *, planned: set[int]) -> bool:
+        """Try to free `short` slots for `seq`. True when at least one is free now; False: wait, or nothing can be done.
+
+        planned: uids of spans that the plan in the making reads; lending them is fine (they flip after the step), parking
+        them is not.
+        """
+        movable = self._movable(seq)
+        if (wanted := short - len(self._moving)) > 0:
+            self._lend(seq, movable[: min(wanted, self._bank.lendable())])
+        if len(self._moving) >= short:
+            return False                            # they will be free within a step or two
+        if self._park([span for span in movable if not span.moving and span.uid not in planned][: short - len(self._moving)]):
+            return True
+        if self._moving:
+            return False
+        return self._preempt_younger(seq)
+
+    def lend_ahead(self, seq: Sequence, wanted: int) -> None:
+        """Start lending before the slots are short, so that the copy overlaps with compute."""
+        wanted = min(wanted - len(self._moving), self._bank.lendable())
+        if wanted > 0:
+            self._lend(seq, self._movable(seq)[:wanted])
+
+    @property
+    def waiting(self) -> bool:
+        """Slots are on their way to being free."""
+        return bool(self._moving)
+
+    def _movable(self, seq: Sequence) -> list[Span]:
+        """Full local spans, those of `seq` first, oldest first; the span being written is never full."""
+        found: dict[int, Span] = {}
+        others = [other for other in reversed(self._running()) if other is not seq]
+        for owner in [seq, *others]:
+            for _, span in owner.table.live():
+                if span.place == LOCAL and not span.moving and len(span.keys) == self._bps:
+                    found.setdefault(span.uid, span)
+        return list(found.values())
+
+    def _lend(self, seq: Sequence, spans: list[Span]) -> None:
+        if not spans:
+            return
+        moves = []
+        for span in spans:
+            span.moving = True
+            self._moving[span.uid] = span
+            assert span.slot is not None
+            moves.append(Move(span.uid, span.slot, tuple(span.keys), span.tokens))
+        self._bank.lend_out(moves, tenant=seq.job.tenant, age=seq.job.age)
+
+    def _park(self, spans: list[Span]) -> bool:
+        parked = 0
+        for span in spans[: self._backend.parkable()]:
+            if not self._backend.park(span):
+                break
+            self._vault.leave(span, HOST)
+            self.parked[span.uid] = span
+            parked += 1
+        return parked > 0
+
+    def _preempt_younger(self, seq: Sequence) -> bool:
+        candidates = self._preemptable()
+        if not candidates or candidates[-1].age <= seq.age:
+            return False
+        before = self._vault.num_free
+        self._preempt(candidates[-1])
+        self.preemptions += 1
+        return self._vault.num_free > before
+
+    # -- what the bank tells ------------------------------------------------------------------------------------------------
+
+    def absorb(self, events: list[BankEvent]) -> None:
+        """Apply what happened to lent spans. Called at a step boundary: no reader is under way."""
+        for event in events:
+            match event:
+                case Moved():
+                    self._moved(event)
+                case Stayed():
+                    self._stayed(event.uid)
+                case Lost():
+                    self.lose(event.uid, event.reason)
+                case MustReturn():
+                    self._must_return(event)
+                case Returned():
+                    self._returned(event)
+                case Adopted():
+                    self._adopted(event)
+                case AdoptEnded():
+                    self.adopt_ended.append(event.job)
+
+    def lose(self, uid: int, reason: str) -> None:
+        """A span's bytes are gone: every sequence that reads it gets a hole, and no new match finds it."""
+        span = self.away.pop(uid, None) or self.parked.pop(uid, None)
+        if (slot := self._returning.pop(uid, None)) is not None:
+            self._vault.blank_slots([slot])
+        if span is None:
+            return
+        self._vault.index.withdraw(span)
+        span.place = GONE
+        for seq in self._running():
+            for index, held in seq.table.live():
+                if held is span:
+                    lost = seq.table.lose(index, seq.num_tokens)
+                    seq.lost.add(index * seq.table.span_tokens, index * seq.table.span_tokens + lost)
+                    seq.loss_reason = reason
+                    self._reopen_window(seq)
+
+    def _reopen_window(self, seq: Sequence) -> None:
+        """Replaying under a sliding window needs KV that was let go: start over from position 0."""
+        if seq.table.released:
+            gone = seq.table.released * seq.table.span_tokens
+            seq.table.holes.add(0, gone)
+            seq.lost.add(0, gone)
+            seq.table.released = 0
+
+    def release(self, spans: Iterable[Span]) -> None:
+        """A sequence no longer reads these. The last reader of a span elsewhere settles it."""
+        settled = []
+        for span in spans:
+            if not self._vault.release(span):
+                continue
+            self._vault.index.withdraw(span)
+            if span.place == REMOTE and self.away.pop(span.uid, None) is not None:
+                if (slot := self._returning.pop(span.uid, None)) is not None:
+                    self._vault.blank_slots([slot])
+                settled.append(span.uid)
+            elif span.place == HOST and self.parked.pop(span.uid, None) is not None:
+                self._backend.unpark(span.uid, None)
+            span.place = GONE
+        if settled:
+            self._bank.settle(settled, keep=True)
+
+    def _moved(self, event: Moved) -> None:
+        span = self._moving.pop(event.uid, None)
+        if span is None or not span.refs or span.place != LOCAL:
+            if span is not None:
+                span.moving = False
+                if not span.refs and span.place == LOCAL:
+                    self._vault.retire(span)
+            self._bank.settle([event.uid], keep=False)
+            return
+        span.moving = False
+        self._vault.leave(span, REMOTE)
+        span.lender = event.lender
+        self.away[span.uid] = span
+        for seq in self._running():
+            if any(held is span for _, held in seq.table.live()):
+                seq.tally.lenders.setdefault(event.lender)
+                seq.note_peaks()
+
+    def _stayed(self, uid: int) -> None:
+        span = self._moving.pop(uid, None)
+        if span is not None:
+            span.moving = False
+            if not span.refs and span.place == LOCAL:
+                self._vault.retire(span)
+
+    def _must_return(self, event: MustReturn) -> None:
+        """The RETURN rungs: a free slot of ours, else drop it and replay it when there is room."""
+        span = self.away.get(event.uid)
+        if span is None or event.uid in self._returning:
+            return
+        try:
+            (slot,) = self._vault.take_slots(1)
+        except OutOfSlots:
+            self.lose(event.uid, f"recalled_{event.why.lower()}")
+            self._bank.settle([event.uid], keep=False)
+            return
+        self._returning[event.uid] = slot
+        self._bank.bring_home(event.uid, slot)
+
+    def _returned(self, event: Returned) -> None:
+        span = self.away.pop(event.uid, None)
+        if self._returning.pop(event.uid, None) is None or span is None:
+            return                                  # lost or no longer needed meanwhile
+        self._vault.settle_in(span, event.slot)
+        self._bank.settle([event.uid], keep=False)
+
+    def _adopted(self, event: Adopted) -> None:
+        for seq in [*self._running(), *self._queued()]:
+            if seq.job.id == event.job and event.key in seq.keys and event.key not in seq.adopted:
+                group = seq.keys.index(event.key) + 1
+                first = group - self._bps
+                tokens = seq.token_bytes(first * seq.block_size, group * seq.block_size)
+                span = Span(slot=None, place=REMOTE, keys=seq.keys[first:group], tokens=tokens, lender=event.lender,
+                            uid=event.uid)
+                self.away[event.uid] = span
+                seq.adopted[event.key] = span
+                seq.tally.lenders.setdefault(event.lender)
+                return
+        self._bank.settle([event.uid], keep=True)
