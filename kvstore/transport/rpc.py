@@ -12,6 +12,7 @@ from concurrent import futures
 from typing import Any
 
 import grpc
+import grpc.aio
 
 TOKEN_KEY = "kvbank-token"
 MAX_MESSAGE_BYTES = 4 << 20
@@ -86,6 +87,11 @@ def bind(made: grpc.Server, address: str) -> int:
 def channel(address: str, token: str) -> grpc.Channel:
     """A channel to one peer; every call on it carries the cluster token."""
     return grpc.intercept_channel(grpc.insecure_channel(address, options=_CHANNEL), _Token(token))
+
+
+def aio_channel(address: str, token: str) -> tuple[grpc.aio.Channel, tuple[tuple[str, str], ...]]:
+    """The same for asyncio: a channel, and the metadata that each of its calls must carry."""
+    return grpc.aio.insecure_channel(address, options=_CHANNEL), ((TOKEN_KEY, token),)
 
 
 class _Call(grpc.ClientCallDetails):  # type: ignore[misc]
