@@ -1,0 +1,127 @@
+"""Logits to tokens. A row's token depends on its logits, its parameters and (seed, position), and on nothing else.
+
+So a job gives the same tokens alone, batched, resumed on another worker or replayed. The noise comes from a counter-based
+generator (Philox 4x64, Salmon et al. 2011) keyed by (seed, position): no state to carry, nothing to lose. Sampling is
+Gumbel-max over the tokens that top-k and top-p leave. Knows nothing of jobs, stop strings or shards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvbank.errors import InvalidRequest, ModelError
+
+SEED_LIMIT = 1 << 63                         # seeds travel as signed 64-bit integers
+FIRST_LOOK = 1024                            # top-p tries this many likely tokens before it sorts the whole vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one job draws its tokens. Raises InvalidRequest naming the field that is out of range."""
+
+    temperature: float = 0.0                 # 0: greedy, the other fields are then ignored
+    top_p: float = 1.0                       # the most likely tokens that together reach this probability; 1: all
+    top_k: int = 0                           # that many most likely tokens, and those that tie with the last; 0: all
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, (int, float), 0 <= _number(self.temperature) < math.inf,
+               "a finite number of at least 0")
+        _check("top_p", self.top_p, (int, float), 0 < _number(self.top_p) <= 1, "a number above 0 and at most 1")
+        _check("top_k", self.top_k, (int,), 0 <= _number(self.top_k) < 1 << 31, "an integer of at least 0 (0: all tokens)")
+        _check("seed", self.seed, (int,), 0 <= _number(self.seed) < SEED_LIMIT, f"an integer from 0 to {SEED_LIMIT - 1}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+class BadLogits(ModelError):
+    """Some rows have no largest finite logit (NaN, +inf, or nothing but -inf). The other rows were sampled.
+
+    rows:    indices of the bad rows, ascending
+    tokens:  one entry per row, None for the bad ones
+    """
+
+    def __init__(self, rows: tuple[int, ...], tokens: list[int | None]) -> None:
+        super().__init__(f"the model gave no usable logits (NaN or infinite) for {len(rows)} of {len(tokens)} rows: {list(rows)}")
+        self.rows = rows
+        self.tokens = tokens
+
+
+def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+    """One token per row. Greedy takes the largest logit, on a tie the lowest id.
+
+    logits:     [R, vocab], float32, any device; left as it is
+    positions:  where in its sequence each new token will stand; with the seed it fixes the noise
+    Raises BadLogits after sampling all the rows it can.
+    """
+    assert len(logits) == len(params) == len(positions), "one SamplingParams and one position per row"
+    if not params:
+        return []
+    best, ids = logits.max(dim=-1)           # a NaN anywhere in the row comes out as its maximum
+    tokens: list[int | None] = ids.tolist()
+    usable = np.isfinite(best.float().cpu().numpy())
+    for row, (param, position) in enumerate(zip(params, positions, strict=True)):
+        if not usable[row]:
+            tokens[row] = None
+        elif not param.greedy:
+            tokens[row] = _draw(logits[row].float().cpu().numpy(), float(best[row]), param, position)
+    good = [token for token in tokens if token is not None]
+    if len(good) < len(tokens):
+        raise BadLogits(tuple(int(row) for row in np.flatnonzero(~usable)), tokens)
+    return good
+
+
+def gumbel_noise(seed: int, position: int, vocab_size: int) -> np.ndarray:
+    """Standard Gumbel noise, [vocab_size] float32: the same for the same arguments on every machine, up to one ulp of `log`."""
+    words = np.random.Philox(key=np.array([seed, position], dtype=np.uint64)).random_raw((vocab_size + 1) // 2)
+    words = words.astype("<u8", copy=False).view("<u4")[:vocab_size]
+    # Uniform in (0, 1], fine near 0 because that end makes the winners: -log1p(-u) is an exponential waiting time.
+    uniform = words.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
+    with np.errstate(divide="ignore"):       # u = 1: waits for ever
+        return -np.log(-np.log1p(-uniform))
+
+
+def _draw(logits: np.ndarray, best: float, param: SamplingParams, position: int) -> int:
+    scores = (logits - np.float32(best)) / np.float32(max(param.temperature, 1e-6))     # largest is 0
+    floor = -math.inf
+    if 0 < param.top_k < len(scores):
+        floor = float(np.partition(scores, -param.top_k)[-param.top_k])
+    if param.top_p < 1:
+        floor = max(floor, _top_p_floor(scores[scores >= floor], param.top_p))
+    noise = gumbel_noise(param.seed, position, len(scores))
+    if floor == -math.inf:
+        return int(np.argmax(scores + noise))
+    kept = np.flatnonzero(scores >= floor)
+    return int(kept[np.argmax(scores[kept] + noise[kept])])
+
+
+def _top_p_floor(scores: np.ndarray, top_p: float) -> float:
+    """The score of the last token needed to reach `top_p` of the probability; tokens that tie with it stay too."""
+    total = float(np.exp(scores, dtype=np.float64).sum())
+    count = min(FIRST_LOOK, len(scores))
+    while True:
+        likely = -np.sort(-(scores if count == len(scores) else np.partition(scores, -count)[-count:]))
+        reached = np.cumsum(np.exp(likely, dtype=np.float64)) >= top_p * total
+        if reached.any():
+            return float(likely[int(np.argmax(reached))])
+        if count == len(scores):             # rounding kept the sum a hair below the total
+            return float(likely[-1])
+        count = len(scores)
+
+
+def _number(value: object) -> float:
+    """The value for a comparison; NaN, which fails them all, when it is no number."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+def _check(field: str, value: object, kinds: tuple[type, ...], in_range: bool, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not in_range:
+        raise InvalidRequest(f"{field} is {value!r}, but must be {wanted}")
