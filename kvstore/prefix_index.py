@@ -42,8 +42,10 @@ class PrefixIndex:
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._by_key
 
-    def publish(self, span: Span, key: BlockKey, tokens: bytes) -> None:
-        """The next full block of `span` is there: its bytes are final."""
+    def publish(self, span: Span, key: BlockKey, tokens: bytes, parent: bytes) -> None:
+        """The next full block of `span` is there: its bytes are final. parent: key of the block before it, or the root."""
+        if not span.keys:
+            span.parent = parent
         span.keys.append(key)
         span.tokens += tokens
         if self._by_key.setdefault(key, span) is span:

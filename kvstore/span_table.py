@@ -31,6 +31,7 @@ class Span:
     refs: int = 0                         # sequences that read it
     keys: list[BlockKey] = field(default_factory=list)   # of its full blocks, in order
     tokens: bytes = b""                   # token ids of those blocks, int32-LE
+    parent: bytes = b""                   # key of the block before the first, or the tenant's root
     moving: bool = False                  # a copy is under way (lend, return): do not move it again
     pinned: bool = False                  # may not be moved off the device (the engine writes into it)
     lender: str = ""                      # member id, when REMOTE

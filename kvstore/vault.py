@@ -73,12 +73,14 @@ class Vault:
         self._idle: OrderedDict[int, Span] = OrderedDict()   # by uid, oldest first
         self._held: dict[int, Span] = {}
         self._lent: dict[SlotId, Span | None] = {}
+        self._coming: dict[SlotId, None] = {}  # own slots whose bytes are on their way
 
     # -- own sequences ----------------------------------------------------------------------------------------------
 
     def counts(self) -> VaultCounts:
         with self.lock:
-            return VaultCounts(self.num_slots, len(self._blank), len(self._idle), len(self._held), len(self._lent))
+            held = len(self._held) + len(self._coming)
+            return VaultCounts(self.num_slots, len(self._blank), len(self._idle), held, len(self._lent))
 
     @property
     def num_free(self) -> int:
@@ -149,6 +151,7 @@ class Vault:
     def settle_in(self, span: Span, slot: SlotId) -> None:
         """The span is read in `slot` (taken by `take_slots`) from now on."""
         with self.lock:
+            del self._coming[slot]
             span.slot, span.place = slot, LOCAL
             self._held[span.uid] = span
 
@@ -158,19 +161,13 @@ class Vault:
             if (short := number - self.num_free) > 0:
                 raise OutOfSlots(short, self.num_free, self.num_slots)
             slots = self._claim(number)
-            for slot in slots:
-                self._lent[slot] = None        # booked like a loan to ourselves until settle_in or blank_slots
+            self._coming.update(dict.fromkeys(slots))
             return slots
-
-    def arrived(self, slot: SlotId) -> None:
-        """A slot taken by `take_slots` got its bytes; follow with settle_in."""
-        with self.lock:
-            del self._lent[slot]
 
     def blank_slots(self, slots: Sequence[SlotId]) -> None:
         with self.lock:
             for slot in slots:
-                del self._lent[slot]
+                del self._coming[slot]
                 heapq.heappush(self._blank, slot)
 
     def idle_spans(self) -> list[Span]:
@@ -216,14 +213,14 @@ class Vault:
             self._lent.update(dict.fromkeys(slots))
             return slots
 
-    def give_back(self, slot: SlotId, keys: Sequence[BlockKey] = (), tokens: bytes = b"") -> None:
+    def give_back(self, slot: SlotId, keys: Sequence[BlockKey] = (), tokens: bytes = b"", parent: bytes = b"") -> None:
         """A loan on the slot ended. With keys its bytes stay as an idle cached span, evictable at once."""
         with self.lock:
             del self._lent[slot]
             if not keys or self.index.find(keys[-1]) is not None:
                 heapq.heappush(self._blank, slot)
                 return
-            span = Span(slot=slot, keys=list(keys), tokens=tokens)
+            span = Span(slot=slot, keys=list(keys), tokens=tokens, parent=parent)
             self.index.adopt(span)
             self._idle[span.uid] = span
 
@@ -247,7 +244,7 @@ class Vault:
             wrong = []
             if counts.blank + counts.idle + counts.held + counts.lent != counts.total:
                 wrong.append(f"L1: slots do not add up: {counts}")
-            places = [*self._blank, *self._lent, *(s.slot for s in self._idle.values()),
+            places = [*self._blank, *self._lent, *self._coming, *(s.slot for s in self._idle.values()),
                       *(s.slot for s in self._held.values())]
             if len(set(places)) != len(places):
                 wrong.append("L1: a slot is in two states")

@@ -143,7 +143,8 @@ class Reuse:
                 first, last = block * self._block, (block + 1) * self._block
                 if block >= len(seq.keys) or seq.table.holes.overlap(first, last):
                     break
-                self._vault.index.publish(span, seq.keys[block], seq.token_bytes(first, last))
+                parent = seq.keys[block - 1] if block else self._root_of(seq.job.tenant)
+                self._vault.index.publish(span, seq.keys[block], seq.token_bytes(first, last), parent)
 
     # -- the sources ---------------------------------------------------------------------------------------------------------
 

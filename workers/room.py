@@ -101,7 +101,7 @@ class Room:
             span.moving = True
             self._moving[span.uid] = span
             assert span.slot is not None
-            moves.append(Move(span.uid, span.slot, tuple(span.keys), span.tokens))
+            moves.append(Move(span.uid, span.slot, tuple(span.keys), span.tokens, span.parent))
         self._bank.lend_out(moves, tenant=seq.job.tenant, age=seq.job.age)
 
     def _park(self, spans: list[Span]) -> bool:
@@ -239,7 +239,7 @@ class Room:
                 first = group - self._bps
                 tokens = seq.token_bytes(first * seq.block_size, group * seq.block_size)
                 span = Span(slot=None, place=REMOTE, keys=seq.keys[first:group], tokens=tokens, lender=event.lender,
-                            uid=event.uid)
+                            uid=event.uid, parent=seq.keys[first - 1] if first else b"")
                 self.away[event.uid] = span
                 seq.adopted[event.key] = span
                 seq.tally.lenders.setdefault(event.lender)

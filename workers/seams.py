@@ -47,6 +47,7 @@ class Move:
     slot: SlotId
     keys: tuple[BlockKey, ...]
     tokens: bytes
+    parent: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,148 @@
+"""AttendServer: a lender computes partial attention on the slots it lent, for rows of somebody else's batch.
+
+One per member, with or without a model. Every message pins the refs it reads under the short lock of vault and ledger,
+computes without it, and unpins. A ref that is no longer good is listed as stale; the other items are answered.
+
+One computation at a time: a member has one thread's worth of attention to give, and its own engine runs beside it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from kvbank.kernels.paged_attention import AttentionPlan, Segment, paged_attention, plan_attention
+from kvbank.kvstore.layout import Layout
+from kvbank.kvstore.transport.hot import Attend, HotPlan, Partial, unpack
+from kvbank.kvstore.vault import Arena
+
+KEPT_PLANS = 8                               # plans of one stream; a batch has one or a few alive
+
+
+class Pins(Protocol):
+    """The ledger as the attend server sees it: (loan, slot, gen) of the stream's borrower."""
+
+    def pin(self, borrower: bytes, refs: list[tuple[int, int, int]]) -> list[bool]:
+        """Which refs are readable now; those stay put until unpinned."""
+
+    def unpin(self, borrower: bytes, refs: list[tuple[int, int, int]]) -> None: ...
+
+
+@dataclass(slots=True)
+class AttendCounters:
+    """Totals since start, the lender's own proof that it attended."""
+
+    calls: int = 0
+    rows: int = 0
+    stale: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+@dataclass(slots=True)
+class _Stream:
+    """State of one borrower's stream."""
+
+    borrower: bytes
+    layout: Layout
+    slots: torch.Tensor                       # the arena seen through the borrower's layout
+    plans: OrderedDict[int, HotPlan] = field(default_factory=OrderedDict)
+    prepared: dict[tuple[int, int, int | None, bytes], AttentionPlan] = field(default_factory=dict)
+    prepared_step: int = -1
+
+
+class AttendServer:
+    """Serves the hot stream."""
+
+    def __init__(self, arena: Arena, pins: Pins, layout_of: Callable[[bytes], Layout | None]) -> None:
+        """layout_of: the layout a borrower (by boot) said Hello with; None for a stranger."""
+        self._arena, self._pins, self._layout_of = arena, pins, layout_of
+        self._compute = Lock()
+        self.counters = AttendCounters()
+
+    def serve(self, borrower: bytes, messages: Iterator[bytes]) -> Iterator[bytes]:
+        """Answer a stream until it ends. Raises HotFormatError on bytes that no version of us sends, LookupError
+        for a borrower that never said Hello."""
+        layout = self._layout_of(borrower)
+        if layout is None:
+            raise LookupError("attend before hello")
+        stream = _Stream(borrower, layout, self._arena.view(layout))
+        for data in messages:
+            message = unpack(data)
+            if isinstance(message, HotPlan):
+                stream.plans[message.plan] = message
+                while len(stream.plans) > KEPT_PLANS:
+                    stream.plans.popitem(last=False)
+            elif isinstance(message, Attend):
+                with self._compute:
+                    answer = self._attend(stream, message).pack()
+                self.counters.calls += 1
+                self.counters.rows += len(message.positions)
+                self.counters.bytes_in += len(data)
+                self.counters.bytes_out += len(answer)
+                yield answer
+
+    def _attend(self, stream: _Stream, message: Attend) -> Partial:
+        plan = stream.plans.get(message.plan)
+        empty = np.zeros((0, 4), dtype=np.int32)
+        if plan is None:                       # forgotten: everything asked for is stale to this caller
+            return Partial(message.plan, message.step, message.layer, empty, np.full((1, 2), -1, np.int32), b"", b"")
+        refs = [ref[1:] for item in plan.items for ref in item.refs]
+        good = self._pins.pin(stream.borrower, refs)
+        try:
+            stale = self._stale(plan, good)
+            nodes, out, lse = self._compute_partials(stream, plan, message, good)
+        finally:
+            self._pins.unpin(stream.borrower, [ref for ref, ok in zip(refs, good, strict=True) if ok])
+        self.counters.stale += len(stale)
+        return Partial(message.plan, message.step, message.layer, nodes, stale, out, lse)
+
+    def _stale(self, plan: HotPlan, good: list[bool]) -> np.ndarray:
+        pairs = [(number, ref[0]) for number, item in enumerate(plan.items) for ref in item.refs]
+        return np.array([pair for pair, ok in zip(pairs, good, strict=True) if not ok], dtype=np.int32).reshape(-1, 2)
+
+    def _compute_partials(
+        self, stream: _Stream, plan: HotPlan, message: Attend, good: list[bool]
+    ) -> tuple[np.ndarray, bytes, bytes]:
+        dtype = getattr(torch, stream.layout.dtype)
+        q = torch.frombuffer(bytearray(message.q), dtype=dtype).view(-1, plan.heads, plan.head_dim)
+        attention = self._prepare(stream, plan, message, good, dtype)
+        device = self._arena.device
+        parts = paged_attention(q.to(device), stream.slots[:, message.layer], attention, plan.scale)
+        if plan.exactness != "bitwise":
+            out, lse = parts.whole
+            return np.zeros((0, 4), dtype=np.int32), _raw(out), _raw(lse)
+        rows = [item.num_rows for item in plan.items]
+        keys = sorted(parts.nodes)
+        table = np.array([(n, level, index, rows[n]) for n, level, index in keys], dtype=np.int32).reshape(-1, 4)
+        return table, b"".join(_raw(parts.nodes[key][0]) for key in keys), b"".join(_raw(parts.nodes[key][1]) for key in keys)
+
+    def _prepare(
+        self, stream: _Stream, plan: HotPlan, message: Attend, good: list[bool], dtype: torch.dtype
+    ) -> AttentionPlan:
+        """Masks and index tensors, shared by the layers of one step."""
+        if stream.prepared_step != message.step:
+            stream.prepared.clear()
+            stream.prepared_step = message.step
+        key = (plan.plan, message.step, message.window, bytes(good))
+        if key not in stream.prepared:
+            positions, first, segments, usable = torch.from_numpy(message.positions.copy()), 0, [], iter(good)
+            for item in plan.items:
+                spans = tuple((ref[0], ref[2]) for ref, ok in zip(item.refs, usable, strict=False) if ok)
+                segments.append(Segment(first, positions[first : first + item.num_rows], spans))
+                first += item.num_rows
+            stream.prepared[key] = plan_attention(
+                segments, num_rows=first, span_tokens=stream.layout.span_tokens, heads=plan.heads, kv_heads=plan.kv_heads,
+                window=message.window, exactness=plan.exactness, device=self._arena.device, dtype=dtype,
+            )
+        return stream.prepared[key]
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()

@@ -1,0 +1,251 @@
+"""RemoteAttention: this worker's queries to all its lenders, written to every one before any answer is read.
+
+Per step the rows that read lent spans are grouped by lender; each group becomes one or more parts, small enough that
+neither queries nor partials exceed a message. A lender that stays silent costs its spans (they are replayed), never the step.
+
+Knows rows, refs and streams; knows nothing of terms or of what happens to a lost span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvbank.kvstore.transport.hot import Attend, HotPlan, Partial, PlanItem, unpack
+from kvbank.workers.attend import AttentionShape, RemoteReply
+from kvbank.workers.batch import StepPlan
+
+PART_BYTES = 3 << 20                         # of queries or partials in one message
+
+Ref = tuple[int, int, int]                   # loan, slot, gen
+
+
+class StreamBroken(Exception):
+    """The lender's stream ended or stayed silent; `reason` goes into the receipt."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class HotStream(Protocol):
+    """One lender's hot stream."""
+
+    def send(self, message: bytes) -> None:
+        """Queue one message. Raises StreamBroken."""
+
+    def receive(self) -> bytes:
+        """The next message, with the deadlines of loans.md. Raises StreamBroken."""
+
+
+class Lendings(Protocol):
+    """Where this worker's lent spans are, and the stream to each lender."""
+
+    def where(self, uid: int) -> tuple[str, Ref] | None:
+        """(lender id, ref) of a REMOTE span; None when it is no longer readable."""
+
+    def stream(self, lender: str) -> HotStream:
+        """Open or reuse. Raises StreamBroken."""
+
+    def silent(self, lender: str, reason: str) -> None:
+        """The lender did not answer in time or its stream broke: do not use it for a while."""
+
+
+@dataclass(slots=True)
+class _Part:
+    """Rows for one lender in one message."""
+
+    lender: str
+    plan: HotPlan
+    rows: Tensor                             # int64 indices into the batch
+    positions: np.ndarray
+    items: list[tuple[int, int, dict[int, int]]]   # (segment number, row offset in it, span index -> uid)
+
+    @property
+    def uids(self) -> Iterable[int]:
+        return (uid for _, _, spans in self.items for uid in spans.values())
+
+
+class RemoteAttention:
+    """Fills workers.attend.RemoteAttention. Engine thread only."""
+
+    def __init__(self, shape: AttentionShape, head_dim: int, lendings: Lendings) -> None:
+        self._shape, self._head_dim, self._lendings = shape, head_dim, lendings
+        row_bytes = shape.heads * head_dim * 4 + shape.heads * 4
+        self._rows_per_part = max(8, PART_BYTES // row_bytes // 8 * 8)
+        self._plan_ids = count(1)
+        self._known: dict[tuple[object, ...], int] = {}     # content of a plan -> its id at that lender's stream
+        self._parts: list[_Part] = []
+        self._broken: dict[str, str] = {}
+        self._step = 0
+        self.calls = 0
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+    def begin(self, plan: StepPlan) -> None:
+        self._step = plan.step
+        self._broken = {}
+        self._unplaced: dict[int, str] = {}
+        self._parts = []
+        for lender, pieces in self._by_lender(plan).items():
+            for part in self._cut(lender, pieces, plan):
+                self._parts.append(part)
+        for part in self._parts:
+            self._announce(part)
+
+    def send(self, layer: int, window: int | None, q: Tensor) -> None:
+        for part in self._parts:
+            if part.lender in self._broken:
+                continue
+            rows = q if len(part.rows) == len(q) else q.index_select(0, part.rows)
+            raw = rows.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes()
+            message = Attend(part.plan.plan, self._step, layer, window, part.positions, raw).pack()
+            self.bytes_sent += len(message)
+            self._send(part.lender, message)
+
+    def receive(self, layer: int, lost: dict[int, str]) -> RemoteReply:
+        reply = RemoteReply()
+        pieces: dict[tuple[int, int, int], list[tuple[int, Tensor, Tensor]]] = {}
+        for part in self._parts:
+            partial = self._receive(part, layer)
+            if partial is None:
+                lost.update(dict.fromkeys(part.uids, self._broken[part.lender]))
+                continue
+            self._note_stale(part, partial, lost)
+            self._unfold(part, partial, reply, pieces)
+        for key, found in pieces.items():
+            found.sort(key=lambda piece: piece[0])
+            reply.nodes[key] = (torch.cat([out for _, out, _ in found]), torch.cat([lse for _, _, lse in found]))
+        lost.update(self._unplaced)
+        return reply
+
+    # -- grouping -------------------------------------------------------------------------------------------------------------
+
+    def _by_lender(self, plan: StepPlan) -> dict[str, list[tuple[int, dict[int, int], list[tuple[int, Ref]]]]]:
+        """lender -> (segment number, span index -> uid, [(span index, ref)]) of the segments that read its slots."""
+        found: dict[str, list[tuple[int, dict[int, int], list[tuple[int, Ref]]]]] = {}
+        for number, rows in enumerate(plan.rows):
+            mine: dict[str, tuple[dict[int, int], list[tuple[int, Ref]]]] = {}
+            for index, uid in rows.remote:
+                place = self._lendings.where(uid)
+                if place is None:
+                    self._unplaced[uid] = "not_held"
+                    continue
+                uids, refs = mine.setdefault(place[0], ({}, []))
+                uids[index] = uid
+                refs.append((index, place[1]))
+            for lender, (uids, refs) in mine.items():
+                found.setdefault(lender, []).append((number, uids, refs))
+        return found
+
+    def _cut(
+        self, lender: str, pieces: list[tuple[int, dict[int, int], list[tuple[int, Ref]]]], plan: StepPlan
+    ) -> Iterable[_Part]:
+        """Parts of at most `rows_per_part` rows; a long segment is cut at multiples of eight rows."""
+        items: list[tuple[int, int, int, dict[int, int], list[tuple[int, Ref]]]] = []
+        room = self._rows_per_part
+        for number, uids, refs in pieces:
+            offset, left = 0, plan.rows[number].num_rows
+            while left:
+                taken = min(left, room)
+                items.append((number, offset, taken, uids, refs))
+                offset, left, room = offset + taken, left - taken, room - taken
+                if room < 8:
+                    yield self._part(lender, items, plan)
+                    items, room = [], self._rows_per_part
+        if items:
+            yield self._part(lender, items, plan)
+
+    def _part(
+        self, lender: str, items: list[tuple[int, int, int, dict[int, int], list[tuple[int, Ref]]]], plan: StepPlan
+    ) -> _Part:
+        rows = np.concatenate([
+            np.arange(plan.rows[number].first_row + offset, plan.rows[number].first_row + offset + taken)
+            for number, offset, taken, _, _ in items
+        ])
+        wire = tuple(PlanItem(taken, tuple((index, *ref) for index, ref in refs)) for _, _, taken, _, refs in items)
+        shape = self._shape
+        hot = HotPlan(0, shape.heads, shape.kv_heads, self._head_dim, shape.scale, shape.exactness, wire)
+        return _Part(lender, hot, torch.from_numpy(rows), plan.positions[rows],
+                     [(number, offset, uids) for number, offset, _, uids, _ in items])
+
+    def _announce(self, part: _Part) -> None:
+        """Send the plan unless this stream knows it already: in decode it seldom changes."""
+        key = (part.lender, part.plan.items)
+        known = self._known.get(key)
+        fresh = next(self._plan_ids) if known is None else known
+        part.plan = HotPlan(fresh, part.plan.heads, part.plan.kv_heads, part.plan.head_dim, part.plan.scale,
+                            part.plan.exactness, part.plan.items)
+        if known is None:
+            for old in [k for k in self._known if k[0] == part.lender][:-6]:
+                del self._known[old]               # the lender keeps the last eight
+            self._known[key] = fresh
+            self._send(part.lender, part.plan.pack())
+
+    # -- talking --------------------------------------------------------------------------------------------------------------
+
+    def _send(self, lender: str, message: bytes) -> None:
+        if lender in self._broken:
+            return
+        try:
+            self._lendings.stream(lender).send(message)
+        except StreamBroken as error:
+            self._break(lender, error.reason)
+
+    def _receive(self, part: _Part, layer: int) -> Partial | None:
+        if part.lender in self._broken:
+            return None
+        heads, dim = self._shape.heads, self._head_dim
+        try:
+            while True:
+                data = self._lendings.stream(part.lender).receive()
+                partial = unpack(data, lse_per_row=heads, out_per_row=heads * dim)
+                assert isinstance(partial, Partial)
+                if (partial.plan, partial.step, partial.layer) == (part.plan.plan, self._step, layer):
+                    self.calls += 1
+                    self.bytes_received += len(data)
+                    return partial                 # anything else answers a question we no longer ask
+        except StreamBroken as error:
+            self._break(part.lender, error.reason)
+            return None
+
+    def _break(self, lender: str, reason: str) -> None:
+        self._broken[lender] = reason
+        for key in [key for key in self._known if key[0] == lender]:
+            del self._known[key]
+        self._lendings.silent(lender, reason)
+
+    # -- reading --------------------------------------------------------------------------------------------------------------
+
+    def _note_stale(self, part: _Part, partial: Partial, lost: dict[int, str]) -> None:
+        for item, index in partial.stale.tolist():
+            if item < 0:                           # the lender forgot the plan: nothing of it was computed
+                lost.update(dict.fromkeys(part.uids, "stale"))
+            else:
+                lost[part.items[item][2][index]] = "stale"
+
+    def _unfold(
+        self, part: _Part, partial: Partial, reply: RemoteReply,
+        pieces: dict[tuple[int, int, int], list[tuple[int, Tensor, Tensor]]],
+    ) -> None:
+        heads, dim, device = self._shape.heads, self._head_dim, self._shape.device
+        lse = torch.frombuffer(bytearray(partial.lse), dtype=torch.float32).view(-1, heads).to(device) if partial.lse else None
+        if lse is None:
+            return
+        out = torch.frombuffer(bytearray(partial.out), dtype=torch.float32).view(-1, heads, dim).to(device)
+        if self._shape.exactness != "bitwise":
+            reply.whole.append((part.rows.to(device), out, lse))
+            return
+        first = 0
+        for item, level, index, rows in partial.nodes.tolist():
+            number, offset, _ = part.items[item]
+            pieces.setdefault((number, level, index), []).append(
+                (offset, out[first : first + rows], lse[first : first + rows]))
+            first += rows
+
