@@ -22,7 +22,7 @@ from kvbank.kvstore.tiers.host_tier import Held, HostTier
 from kvbank.kvstore.vault import Arena
 from kvbank.workers.attend import JoinedAttention
 from kvbank.workers.batch import PAD_ROWS, StepPlan, StepResult
-from kvbank.workers.sampler import sample
+from kvbank.workers.sampler import BadLogits, sample
 
 
 class Model(Protocol):
@@ -85,7 +85,10 @@ class LocalShard:
         if self._bitwise and (fill := -len(rows) % PAD_ROWS):
             chosen = torch.cat([chosen, chosen.new_zeros(fill, chosen.shape[1])])
         logits = self.model.logits(chosen)[: len(rows)]
-        tokens = sample(logits, [draw.params for draw in plan.draws], [draw.position for draw in plan.draws])
+        try:
+            tokens = sample(logits, [draw.params for draw in plan.draws], [draw.position for draw in plan.draws])
+        except BadLogits as bad:
+            tokens = [-1 if token is None else token for token in bad.tokens]     # the scheduler fails those jobs alone
         return StepResult(tokens, {}, logits=logits if keep_logits else None, remote_calls=calls)
 
     # -- moving bytes -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,123 @@
+"""Assembly: builds one worker's parts from a model folder and a WorkerConfig, in order, and ties them together.
+
+The only place that knows how the parts fit. Knows nothing of gRPC, Ray or who else is there.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kvbank.errors import ConfigError
+from kvbank.kvstore.hashing import root_key
+from kvbank.kvstore.layout import BlockKey, Layout
+from kvbank.kvstore.tiers.host_tier import HostTier
+from kvbank.kvstore.vault import Arena, Vault
+from kvbank.workers.attend import AttentionShape, JoinedAttention
+from kvbank.workers.config import WorkerConfig
+from kvbank.workers.engine import Engine
+from kvbank.workers.models.config_reader import ModelConfig, read_config
+from kvbank.workers.models.decoder import Decoder
+from kvbank.workers.weights import load_weights
+from kvbank.workers.seams import Bank, Fetcher
+from kvbank.workers.shard import LocalShard, Shelf
+
+
+def layer_range(num_layers: int, shard: int, shards: int) -> range:
+    """The contiguous layers of one shard; the first ones get one more when they do not divide evenly."""
+    if not 1 <= shards <= num_layers:
+        raise ConfigError(f"shards {shards} must be between 1 and the model's {num_layers} layers")
+    each, more = divmod(num_layers, shards)
+    first = shard * each + min(shard, more)
+    return range(first, first + each + (shard < more))
+
+
+def layout_of(model: ModelConfig, config: WorkerConfig, shard: int | None = None) -> Layout:
+    """What the bytes of this shard's slots mean."""
+    layers = layer_range(model.num_layers, config.shard if shard is None else shard, config.shards)
+    return Layout(num_layers=model.num_layers, layer_first=layers.start, layer_last=layers.stop, kv_heads=model.num_kv_heads,
+                  head_dim=model.head_dim, span_tokens=config.span_tokens, block_size=config.block_size, dtype=config.dtype)
+
+
+def widest_window(model: ModelConfig) -> int | None:
+    """The widest sliding window when every layer has one: what lies behind it is never read again."""
+    windows = [w for w in model.windows if w is not None]
+    return max(windows) if len(windows) == model.num_layers else None
+
+
+def numerics_id(config: WorkerConfig) -> str:
+    """Names the arithmetic: members with equal ids give equal bits, others may only hold and fetch."""
+    if config.device == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return f"cpu/{capability}/torch-{torch.__version__.split('+')[0]}/{config.dtype}"
+    major, minor = torch.cuda.get_device_capability()
+    return f"cuda/sm{major}{minor}/torch-{torch.__version__.split('+')[0]}/{config.dtype}"
+
+
+@dataclass(slots=True)
+class Parts:
+    """One shard, built."""
+
+    model: ModelConfig
+    layout: Layout
+    arena: Arena
+    shard: LocalShard
+    shape: AttentionShape
+    host: HostTier | None
+
+
+def build_shard(
+    config: WorkerConfig, *, host: HostTier | None = None, shelf: Shelf | None = None, model: ModelConfig | None = None
+) -> Parts:
+    """Read this shard's layers and make its slots. Raises ModelError, ConfigError."""
+    spec = model or read_config(config.model)
+    layout = layout_of(spec, config)
+    layers = range(layout.layer_first, layout.layer_last)
+    first, last = layers.start == 0, layers.stop == spec.num_layers
+    weights = load_weights(config.model, spec, layers, first=first, last=last, dtype=config.dtype)
+    decoder = Decoder(spec, weights, layers, first, last, exactness=config.exactness, device=config.device)
+    arena = Arena(config.num_slots, layout.slot_bytes, config.device)
+    shape = AttentionShape(
+        heads=spec.num_heads, kv_heads=spec.num_kv_heads, span_tokens=config.span_tokens, scale=spec.head_dim ** -0.5,
+        windows=tuple(spec.windows[layers.start : layers.stop]), exactness=config.exactness,
+        dtype=getattr(torch, config.dtype), device=config.device,
+    )
+    attention = JoinedAttention(shape, arena.view(layout))
+    shard = LocalShard(decoder, arena, layout, attention, exactness=config.exactness, host=host, shelf=shelf)
+    return Parts(spec, layout, arena, shard, shape, host)
+
+
+def root_keys(
+    secret: bytes, digest: str, layout: Layout, config: WorkerConfig
+) -> Callable[[str], BlockKey]:
+    """tenant -> root of its key chains."""
+    roots: dict[str, BlockKey] = {}
+    numerics = numerics_id(config) if config.exactness == "bitwise" else ""
+
+    def root_of(tenant: str) -> BlockKey:
+        if tenant not in roots:
+            roots[tenant] = BlockKey(root_key(secret, tenant=tenant, model_digest=digest, layout=layout, numerics=numerics))
+        return roots[tenant]
+
+    return root_of
+
+
+def build_engine(
+    config: WorkerConfig, *, secret: bytes | None = None, digest: str = "unnamed", bank: Bank | None = None,
+    fetcher: Fetcher | None = None, host: HostTier | None = None, shelf: Shelf | None = None,
+    lend_cap: int = 0, capacity_tokens: Callable[[], int] | None = None, parts: Parts | None = None,
+) -> Engine:
+    """An engine whose chain is this one process: what tests, benches and a worker without other shards run."""
+    parts = parts or build_shard(config, host=host, shelf=shelf)
+    vault = Vault(config.num_slots, blocks_per_span=parts.layout.blocks_per_span, lend_cap=lend_cap,
+                  on_evict=parts.shard.spill, on_scrub=parts.shard.scrub)
+    return Engine(
+        config, vault, parts.shard, clock=time.monotonic,
+        root_of=root_keys(secret or os.urandom(32), digest, parts.layout, config), eos_ids=parts.model.eos_ids,
+        max_position=parts.model.max_position, window=widest_window(parts.model), bank=bank, fetcher=fetcher,
+        capacity_tokens=capacity_tokens,
+    )
