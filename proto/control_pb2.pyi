@@ -57,7 +57,7 @@ class RegisterReply(_message.Message):
     def __init__(self, session: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("id", "session", "seq", "full", "slots_free", "slots_lendable", "slots_lent", "slots_borrowed", "jobs_running", "jobs_waiting", "tokens_pending", "keys_added", "keys_removed", "suspects")
+    __slots__ = ("id", "session", "seq", "full", "slots_free", "slots_lendable", "slots_lent", "slots_borrowed", "jobs_running", "jobs_waiting", "tokens_pending", "keys_added", "keys_removed", "suspects", "leaving")
     ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +72,7 @@ class Report(_message.Message):
     KEYS_ADDED_FIELD_NUMBER: _ClassVar[int]
     KEYS_REMOVED_FIELD_NUMBER: _ClassVar[int]
     SUSPECTS_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     id: str
     session: int
     seq: int
@@ -86,7 +87,8 @@ class Report(_message.Message):
     keys_added: bytes
     keys_removed: bytes
     suspects: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, id: _Optional[str] = ..., session: _Optional[int] = ..., seq: _Optional[int] = ..., full: _Optional[bool] = ..., slots_free: _Optional[int] = ..., slots_lendable: _Optional[int] = ..., slots_lent: _Optional[int] = ..., slots_borrowed: _Optional[int] = ..., jobs_running: _Optional[int] = ..., jobs_waiting: _Optional[int] = ..., tokens_pending: _Optional[int] = ..., keys_added: _Optional[bytes] = ..., keys_removed: _Optional[bytes] = ..., suspects: _Optional[_Iterable[str]] = ...) -> None: ...
+    leaving: bool
+    def __init__(self, id: _Optional[str] = ..., session: _Optional[int] = ..., seq: _Optional[int] = ..., full: _Optional[bool] = ..., slots_free: _Optional[int] = ..., slots_lendable: _Optional[int] = ..., slots_lent: _Optional[int] = ..., slots_borrowed: _Optional[int] = ..., jobs_running: _Optional[int] = ..., jobs_waiting: _Optional[int] = ..., tokens_pending: _Optional[int] = ..., keys_added: _Optional[bytes] = ..., keys_removed: _Optional[bytes] = ..., suspects: _Optional[_Iterable[str]] = ..., leaving: _Optional[bool] = ...) -> None: ...
 
 class Advice(_message.Message):
     __slots__ = ("register_again", "send_full", "members")
@@ -161,11 +163,13 @@ class SnapshotReply(_message.Message):
     def __init__(self, members: _Optional[_Iterable[_Union[MemberView, _Mapping]]] = ...) -> None: ...
 
 class MemberView(_message.Message):
-    __slots__ = ("member", "report", "silent_s")
+    __slots__ = ("member", "report", "silent_s", "suspect")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
     SILENT_S_FIELD_NUMBER: _ClassVar[int]
+    SUSPECT_FIELD_NUMBER: _ClassVar[int]
     member: Member
     report: Report
     silent_s: float
-    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., silent_s: _Optional[float] = ...) -> None: ...
+    suspect: bool
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., silent_s: _Optional[float] = ..., suspect: _Optional[bool] = ...) -> None: ...
