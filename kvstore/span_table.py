@@ -19,6 +19,12 @@ from kvbank.kvstore.layout import BlockKey, SlotId
 
 _uids = count(1)
 
+
+def new_uid() -> int:
+    """A name for a span that will exist; unique in this process."""
+    return next(_uids)
+
+
 LOCAL, REMOTE, HOST, GONE = "local", "remote", "host", "gone"
 
 
@@ -32,10 +38,11 @@ class Span:
     keys: list[BlockKey] = field(default_factory=list)   # of its full blocks, in order
     tokens: bytes = b""                   # token ids of those blocks, int32-LE
     parent: bytes = b""                   # key of the block before the first, or the tenant's root
+    digest: bytes = b""                   # of its bytes, when a lender sealed them
     moving: bool = False                  # a copy is under way (lend, return): do not move it again
     pinned: bool = False                  # may not be moved off the device (the engine writes into it)
     lender: str = ""                      # member id, when REMOTE
-    uid: int = field(default_factory=lambda: next(_uids))
+    uid: int = field(default_factory=new_uid)
 
 
 class Holes:

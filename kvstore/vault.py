@@ -20,8 +20,10 @@ from threading import RLock
 import torch
 
 from kvbank.kvstore.layout import BlockKey, Layout, SlotId
+from kvbank.kvstore.messages import KeptSpan
 from kvbank.kvstore.prefix_index import PrefixIndex
 from kvbank.kvstore.span_table import GONE, LOCAL, Span
+from kvbank.kvstore.transport import bulk
 
 
 class OutOfSlots(Exception):
@@ -213,14 +215,16 @@ class Vault:
             self._lent.update(dict.fromkeys(slots))
             return slots
 
-    def give_back(self, slot: SlotId, keys: Sequence[BlockKey] = (), tokens: bytes = b"", parent: bytes = b"") -> None:
+    def give_back(
+        self, slot: SlotId, keys: Sequence[BlockKey] = (), tokens: bytes = b"", digest: bytes = b""
+    ) -> None:
         """A loan on the slot ended. With keys its bytes stay as an idle cached span, evictable at once."""
         with self.lock:
             del self._lent[slot]
             if not keys or self.index.find(keys[-1]) is not None:
                 heapq.heappush(self._blank, slot)
                 return
-            span = Span(slot=slot, keys=list(keys), tokens=tokens, parent=parent)
+            span = Span(slot=slot, keys=list(keys), tokens=tokens, digest=digest)
             self.index.adopt(span)
             self._idle[span.uid] = span
 
@@ -283,3 +287,31 @@ class Arena:
         """Zero the slots: whoever writes next never sees what was there, and unwritten tokens are finite."""
         for slot in slots:
             self.slot(slot).zero_()
+
+
+class LendPool:
+    """The vault as the ledger sees it: fills kvstore.ledger.SlotPool."""
+
+    def __init__(self, vault: Vault, arena: Arena) -> None:
+        self._vault, self._arena = vault, arena
+
+    def lendable(self) -> int:
+        return self._vault.lendable()
+
+    def take_for_loan(self, number: int) -> list[SlotId]:
+        return self._vault.take_for_loan(number)
+
+    def adopt(self, keys: Sequence[BlockKey], tenant: str) -> list[tuple[int, KeptSpan]]:
+        """The tenant is in the keys: whoever can name one may read what lies under it. A span of our own fills its slot."""
+        found: list[tuple[int, KeptSpan]] = []
+        for key in keys:
+            if (span := self._vault.lend_idle(key)) is not None and span.slot is not None:
+                digest = span.digest or bulk.digest(memoryview(self._arena.slot(span.slot).numpy()))
+                found.append((span.slot, KeptSpan(tuple(span.keys), span.tokens, digest)))
+        return found
+
+    def give_back(self, slot: int, kept: KeptSpan | None) -> None:
+        if kept is None:
+            self._vault.give_back(SlotId(slot))
+        else:
+            self._vault.give_back(SlotId(slot), kept.keys, kept.tokens, kept.digest)

@@ -8,7 +8,7 @@ Knows rows, refs and streams; knows nothing of terms or of what happens to a los
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -52,6 +52,9 @@ class Lendings(Protocol):
 
     def stream(self, lender: str) -> HotStream:
         """Open or reuse. Raises StreamBroken."""
+
+    def stale(self, uids: Sequence[int]) -> None:
+        """The lender says that these promises have ended."""
 
     def silent(self, lender: str, reason: str) -> None:
         """The lender did not answer in time or its stream broke: do not use it for a while."""
@@ -224,11 +227,13 @@ class RemoteAttention:
     # -- reading --------------------------------------------------------------------------------------------------------------
 
     def _note_stale(self, part: _Part, partial: Partial, lost: dict[int, str]) -> None:
+        stale: list[int] = []
         for item, index in partial.stale.tolist():
-            if item < 0:                           # the lender forgot the plan: nothing of it was computed
-                lost.update(dict.fromkeys(part.uids, "stale"))
-            else:
-                lost[part.items[item][2][index]] = "stale"
+            # Item -1: the lender forgot the plan, and nothing of it was computed.
+            stale += part.uids if item < 0 else [part.items[item][2][index]]
+        if stale:
+            lost.update(dict.fromkeys(stale, "stale"))
+            self._lendings.stale(stale)
 
     def _unfold(
         self, part: _Part, partial: Partial, reply: RemoteReply,

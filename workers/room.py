@@ -29,6 +29,7 @@ from kvbank.workers.seams import (
     MustReturn,
     Returned,
     Stayed,
+    StayedAway,
 )
 from kvbank.workers.sequence import Sequence
 
@@ -139,6 +140,9 @@ class Room:
                     self._must_return(event)
                 case Returned():
                     self._returned(event)
+                case StayedAway():
+                    if (slot := self._returning.pop(event.uid, None)) is not None:
+                        self._vault.blank_slots([slot])
                 case Adopted():
                     self._adopted(event)
                 case AdoptEnded():
@@ -221,7 +225,7 @@ class Room:
         except OutOfSlots:
             self.lose(event.uid, f"recalled_{event.why.lower()}")
             self._bank.settle([event.uid], keep=False)
-            return
+            return                                  # replayed when there is room again
         self._returning[event.uid] = slot
         self._bank.bring_home(event.uid, slot)
 
@@ -230,7 +234,6 @@ class Room:
         if self._returning.pop(event.uid, None) is None or span is None:
             return                                  # lost or no longer needed meanwhile
         self._vault.settle_in(span, event.slot)
-        self._bank.settle([event.uid], keep=False)
 
     def _adopted(self, event: Adopted) -> None:
         for seq in [*self._running(), *self._queued()]:

@@ -92,6 +92,13 @@ class Returned:
 
 
 @dataclass(frozen=True, slots=True)
+class StayedAway:
+    """`bring_home` failed; the span is read where it was."""
+
+    uid: int
+
+
+@dataclass(frozen=True, slots=True)
 class Adopted:
     """A peer's cached span is lent to us where it lies."""
 
@@ -108,7 +115,7 @@ class AdoptEnded:
     job: str
 
 
-BankEvent = Moved | Stayed | Lost | MustReturn | Returned | Adopted | AdoptEnded
+BankEvent = Moved | Stayed | Lost | MustReturn | Returned | StayedAway | Adopted | AdoptEnded
 
 
 class Bank(Protocol):
@@ -124,7 +131,7 @@ class Bank(Protocol):
         """Ask peers for spans cached under these span keys; False: nobody to ask, no event follows."""
 
     def bring_home(self, uid: int, slot: SlotId) -> None:
-        """Fetch a lent span into a slot of ours; ends in Returned or Lost."""
+        """Fetch a lent span into a slot of ours; ends in Returned, StayedAway or Lost."""
 
     def settle(self, uids: Sequence[int], *, keep: bool) -> None:
         """Nobody here reads these spans any more; with keep the lenders may cache them."""

@@ -100,8 +100,8 @@ class LocalShard:
         self.arena.scrub(slots)
 
     def spill(self, span: Span) -> None:
-        if self._shelf is None or not span.keys:
-            return
+        if self._shelf is None or not span.keys or not span.parent:
+            return                                   # a kept loan's parent is unknown: its borrower spills it, if anybody
         if len(span.keys) == self.layout.blocks_per_span:
             self._shelf.put([(self._header(span), self._payload(span.slot))])
         else:

@@ -1,0 +1,297 @@
+"""Borrower: the bank as the engine sees it. Fills the seams Bank (workers/seams.py) and Lendings (workers/remote_attention.py).
+
+    engine: lend_out, adopt, bring_home, settle        --events-->  DebtBook, through the Banker
+    engine: poll, at a step boundary                   <--flips--   what is read elsewhere from now on
+
+Translates and remembers where each lent span is; every decision is the book's. Methods are the engine thread's, except
+`outgoing` and `staging`, which bulk threads call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import torch
+
+from kvbank.kvstore import loan_events as loans
+from kvbank.kvstore.borrowing import Banker
+from kvbank.kvstore.layout import BlockKey, Boot, SlotId
+from kvbank.kvstore.messages import KeptSpan, Ref
+from kvbank.kvstore.messages import Stale as StaleMessage
+from kvbank.kvstore.span_table import new_uid
+from kvbank.kvstore.timings import LoanTimings
+from kvbank.kvstore.transport.links import HotEnded, HotLink
+from kvbank.kvstore.vault import Arena
+from kvbank.workers.remote_attention import Ref as SlotRef
+from kvbank.workers.remote_attention import StreamBroken
+from kvbank.workers.seams import Adopted, AdoptEnded, BankEvent, Lost, Move, Moved, MustReturn, Returned, Stayed, StayedAway
+
+
+@dataclass(frozen=True, slots=True)
+class Lender:
+    """A peer that could lend now."""
+
+    id: str
+    boot: Boot
+    address: str
+    lendable: int
+
+
+@dataclass(slots=True)
+class _Home:
+    """A span on its way home: which slot it will have, and the buffer its bytes arrive in."""
+
+    slot: SlotId
+    buffer: bytearray
+
+
+class HotAdapter:
+    """A HotLink that fails in the words of workers.remote_attention."""
+
+    def __init__(self, link: HotLink) -> None:
+        self._link = link
+
+    def send(self, message: bytes) -> None:
+        try:
+            self._link.send(message)
+        except HotEnded as error:
+            raise StreamBroken(f"lender_{error.reason}") from error
+
+    def receive(self) -> bytes:
+        try:
+            return self._link.receive()
+        except HotEnded as error:
+            raise StreamBroken(f"lender_{error.reason}") from error
+
+
+class Borrower:
+    """One per worker that runs a model."""
+
+    def __init__(
+        self, arena: Arena, slot_bytes: int, *, timings: LoanTimings, wake: Callable[[], None],
+        lenders: Callable[[], list[Lender]],
+        locate: Callable[[Sequence[BlockKey]], list[tuple[Lender, list[BlockKey]]]] | None = None,
+    ) -> None:
+        """lenders: who could lend by the latest advice, best first, never waits. locate: who holds which of these span
+        keys; may take a fraction of a second, called on a thread of its own. wake: the engine has something to poll."""
+        self._arena, self._slot_bytes, self._timings, self._wake = arena, slot_bytes, timings, wake
+        self._lenders, self._locate = lenders, locate
+        self._banker: Banker | None = None
+        self._names: dict[Boot, str] = {}
+        self._boots: dict[str, Boot] = {}
+        self._where: dict[int, Ref] = {}
+        self._moves: dict[int, Move] = {}
+        self._homes: dict[int, _Home] = {}
+        self._jobs: dict[int, str] = {}              # adopted uid -> job
+        self._asking: dict[str, set[int]] = {}       # job -> uids without an answer
+        self._asked = 0                              # slots asked for and neither granted nor refused
+        self._inbox: list[Any] = []
+        self._lock = Lock()
+        self._finder = ThreadPoolExecutor(1, thread_name_prefix="locate")
+
+    def connect(self, banker: Banker) -> None:
+        """The banker whose book this is; once, before the engine starts."""
+        self._banker = banker
+
+    @property
+    def num_borrowed(self) -> int:
+        return len(self._where)
+
+    # -- seams.Bank ---------------------------------------------------------------------------------------------------------------
+
+    def lendable(self) -> int:
+        return max(0, sum(lender.lendable for lender in self._lenders()) - self._asked)
+
+    def lend_out(self, moves: Sequence[Move], *, tenant: str, age: float) -> None:
+        with self._lock:
+            self._moves.update((move.uid, move) for move in moves)
+        self._asked += len(moves)
+        lenders = self._in_order()
+        uids = tuple(move.uid for move in moves)
+        self._tell(loans.Want(tuple(lender.boot for lender in lenders), uids, tenant, (age, "")))
+
+    def adopt(self, job: str, keys: Sequence[BlockKey], *, tenant: str, age: float) -> bool:
+        if self._locate is None or not keys:
+            return False
+        self._asking[job] = set()
+        self._finder.submit(self._find, job, list(keys), tenant, age)
+        return True
+
+    def bring_home(self, uid: int, slot: SlotId) -> None:
+        with self._lock:
+            self._homes[uid] = _Home(slot, bytearray(self._slot_bytes))
+        self._tell(loans.BringHome((uid,), "LOCAL"))
+
+    def settle(self, uids: Sequence[int], *, keep: bool) -> None:
+        for uid in uids:
+            self._where.pop(uid, None)
+        self._tell(loans.NoLongerNeeded(tuple(uids), keep))
+
+    def poll(self) -> list[BankEvent]:
+        with self._lock:
+            waiting, self._inbox = self._inbox, []
+        events: list[BankEvent] = []
+        for effect in [*waiting, *self._at_boundary()]:
+            event = self._translate(effect)
+            if event is not None:
+                events.append(event)
+            if isinstance(effect, (loans.Adopted, loans.AdoptFailed)):
+                events += self._answered(effect.uid)
+        return events
+
+    # -- remote_attention.Lendings --------------------------------------------------------------------------------------------------
+
+    def where(self, uid: int) -> tuple[str, SlotRef] | None:
+        ref = self._where.get(uid)
+        return None if ref is None else (self._name(ref.lender_boot), (ref.loan, ref.slot, ref.gen))
+
+    def stream(self, lender: str) -> HotAdapter:
+        assert self._banker is not None
+        boot, banker = self._boots[lender], self._banker
+        try:
+            return HotAdapter(banker.links.hot(
+                boot, slow_s=self._timings.attend_hedge_s, lost_s=self._timings.attend_lost_s,
+                on_slow=lambda: self._tell(loans.AttendSlow(boot))))
+        except HotEnded as error:
+            raise StreamBroken(f"lender_{error.reason}") from error
+
+    def silent(self, lender: str, reason: str) -> None:
+        self._tell(loans.AttendSilent(self._boots[lender]))
+
+    def stale(self, uids: Sequence[int]) -> None:
+        refs = tuple(ref for uid in uids if (ref := self._where.get(uid)) is not None)
+        if refs:
+            self._tell(StaleMessage(refs))
+
+    # -- the banker's Bytes; bulk threads ---------------------------------------------------------------------------------------------
+
+    def outgoing(self, uid: int) -> tuple[KeptSpan, memoryview] | None:
+        with self._lock:
+            move = self._moves.get(uid)
+        if move is None:
+            return None
+        data = memoryview(self._arena.slot(move.slot, self._slot_bytes).cpu().numpy())
+        return KeptSpan(move.keys, move.tokens, b""), data
+
+    def staging(self, uid: int) -> memoryview:
+        with self._lock:
+            home = self._homes.get(uid)
+        return memoryview(home.buffer if home is not None else bytearray(self._slot_bytes))
+
+    def from_banker(self, effects: list[Any]) -> None:
+        """Effects for the engine, from any thread: kept until the next poll."""
+        with self._lock:
+            self._inbox += [effect for effect in effects if not isinstance(effect, loans.FlipsWaiting)]
+        self._wake()
+
+    # -- inside -----------------------------------------------------------------------------------------------------------------------
+
+    def _tell(self, event: Any) -> None:
+        assert self._banker is not None
+        rest = self._banker.tell_book(event)
+        if rest:
+            self.from_banker(rest)
+
+    def _at_boundary(self) -> list[Any]:
+        assert self._banker is not None
+        return self._banker.tell_book(loans.StepBoundary())
+
+    def _in_order(self) -> list[Lender]:
+        """Fill one lender before the next: those that already lend to us first, then as advised."""
+        lenders = self._lenders()
+        for lender in lenders:
+            self._meet(lender)
+        using = {ref.lender_boot for ref in self._where.values()}
+        return sorted((l for l in lenders if l.lendable), key=lambda l: l.boot not in using)
+
+    def _meet(self, lender: Lender) -> None:
+        assert self._banker is not None
+        self._names[lender.boot] = lender.id
+        self._boots[lender.id] = lender.boot
+        if not self._banker.links.knows(lender.boot):
+            self._banker.links.know(lender.boot, lender.address)
+
+    def _name(self, boot: Boot) -> str:
+        return self._names.get(boot, boot.hex()[:8])
+
+    def _find(self, job: str, keys: list[BlockKey], tenant: str, age: float) -> None:
+        """Own thread: who holds which keys; then the book asks them."""
+        assert self._locate is not None
+        taken: set[BlockKey] = set()
+        asked = []
+        for lender, held in self._locate(keys):
+            mine = [key for key in held if key not in taken]
+            if mine:
+                taken.update(mine)
+                self._meet(lender)
+                uids = tuple(new_uid() for _ in mine)
+                asked.append(loans.Adopt(lender.boot, uids, tuple(mine), tenant, (age, "")))
+        with self._lock:
+            waiting = self._asking.get(job)
+            if waiting is not None:
+                for event in asked:
+                    waiting.update(event.uids)
+                    self._jobs.update(dict.fromkeys(event.uids, job))
+        for event in asked:
+            self._tell(event)
+        if not asked:
+            self.from_banker([AdoptEnded(job)])
+
+    def _answered(self, uid: int) -> list[BankEvent]:
+        with self._lock:
+            job = self._jobs.pop(uid, "")
+            waiting = self._asking.get(job, set())
+            waiting.discard(uid)
+            if waiting:
+                return []
+            self._asking.pop(job, None)
+        return [AdoptEnded(job)]
+
+    def _translate(self, effect: Any) -> BankEvent | None:
+        match effect:
+            case AdoptEnded(job=job):
+                self._asking.pop(job, None)
+                return effect
+            case loans.Moved(uid=uid, ref=ref):
+                self._where[uid] = ref
+                self._end_move(uid)
+                return Moved(uid, self._name(ref.lender_boot))
+            case loans.BackToLocal(uid=uid, reason=reason):
+                self._end_move(uid)
+                return Stayed(uid, reason)
+            case loans.StayedRemote(uid=uid):
+                with self._lock:
+                    self._homes.pop(uid, None)
+                return StayedAway(uid)
+            case loans.MustReturn(uid=uid, within_s=within_s, why=why):
+                return MustReturn(uid, within_s, why)
+            case loans.Adopted(uid=uid, key=key, ref=ref):
+                self._where[uid] = ref
+                return Adopted(self._jobs.get(uid, ""), key, uid, self._name(ref.lender_boot))
+            case loans.CameHome(uid=uid):
+                self._where.pop(uid, None)
+                return self._came_home(uid)
+            case loans.Lost(uid=uid, reason=reason):
+                self._where.pop(uid, None)
+                with self._lock:
+                    self._homes.pop(uid, None)
+                return Lost(uid, reason)
+            case _:
+                return None
+
+    def _came_home(self, uid: int) -> BankEvent | None:
+        with self._lock:
+            home = self._homes.pop(uid, None)
+        if home is None:
+            return None
+        self._arena.slot(home.slot, self._slot_bytes).copy_(torch.frombuffer(home.buffer, dtype=torch.uint8))
+        return Returned(uid, home.slot)
+
+    def _end_move(self, uid: int) -> None:
+        with self._lock:
+            if self._moves.pop(uid, None) is not None:
+                self._asked -= 1
