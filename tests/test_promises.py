@@ -17,7 +17,7 @@ from kvbank.cluster import config
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("kernels", "kvstore", "workers", "cluster")
 UNITS = {"": 1, "s": 1, "ms": 1e-3, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-TIMING = re.compile(r".*_(s|ms)$", re.IGNORECASE)
+TIMING = re.compile(r".*(?<!_per)_(s|ms)$", re.IGNORECASE)
 
 
 class Row(NamedTuple):
