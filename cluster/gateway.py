@@ -1,0 +1,537 @@
+"""Gateway: the life of a job, from admission to its receipt.
+
+A job belongs to the gateway, an attempt belongs to a worker. The gateway keeps the prompt and every token that was streamed;
+when a worker dies, is silent or gives the job back, the next attempt goes elsewhere with what was emitted, and whoever reads
+the stream sees neither a gap nor a repeat: tokens count only from the current attempt and only at the next index.
+
+    submit -> [queued: no lane] -> attempt 1 -> tokens ... -> done
+                                      | lost: attempt + 1, another worker
+                                      | ending (client | stop | deadline | stopping): Cancel, wait for the receipt, over
+
+Runs on one event loop. Knows no HTTP and no tensors; time, randomness, placement and text come in from outside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import grpc.aio
+import numpy as np
+
+from kvbank.cluster.intake import JobSpec
+from kvbank.cluster.job import Job, TextStream
+from kvbank.cluster.links import Links
+from kvbank.cluster.meters import Meters
+from kvbank.cluster.roster import KEY_BYTES, RecentPrefixes, Worker
+from kvbank.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    KVBankError,
+    NotFound,
+    Overloaded,
+    Unavailable,
+    from_code,
+)
+from kvbank.proto import jobs_pb2
+
+log = logging.getLogger(__name__)
+
+# Codes a worker may answer that say something about it and not about the job: another worker may do better.
+_ELSEWHERE = frozenset({"unavailable", "overloaded", "internal", "model_error", "config_error"})
+_PLAIN_MESSAGE = {"internal", "model_error", "config_error"}      # never shown as a worker worded them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayLimits:
+    """Bounds of one gateway; every wait and every store has one."""
+
+    max_jobs: int = 1024             # jobs not over; one more is Overloaded
+    lanes_per_worker: int = 200      # Submit streams open to one worker at once
+    retained_jobs: int = 4096        # jobs that are over and can still be read
+    retained_s: float = 3600.0
+    silence_s: float = 10.0          # a worker that says nothing about a job that long has lost it
+    grace_s: float = 2.0             # from Cancel to the receipt
+    no_worker_s: float = 30.0        # a job without any worker to go to waits that long
+    suspect_s: float = 1.0           # a worker that lost a job gets none of ours for that long
+    fruitless: int = 3               # attempts in a row lost without a token: the job is given up
+
+
+class Choose(Protocol):
+    """Placement: which of these workers should run a job of `tokens` prompt tokens."""
+
+    def __call__(self, workers: Sequence[Worker], held_blocks: Mapping[str, int], tokens: int) -> str | None: ...
+
+
+class Members(Protocol):
+    """What the gateway asks of the roster."""
+
+    def workers(self) -> list[Worker]: ...
+    async def holders(self, keys: bytes) -> dict[str, int]: ...
+    def on_change(self, listener: Callable[[], None]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """An attempt that ended without an outcome."""
+
+    reason: str
+    refusal: KVBankError | None = None      # the worker answered, and does not want the job
+
+
+class Gateway:
+    """Keeps jobs and finds each a worker until it is over. Every method runs on the gateway's event loop."""
+
+    def __init__(
+        self,
+        *,
+        roster: Members,
+        links: Links,
+        choose: Choose,
+        open_text: Callable[[tuple[str, ...]], TextStream],
+        block_keys: Callable[[str, bytes], bytes] = lambda _tenant, _prompt: b"",
+        eos_ids: Sequence[int] = (),
+        limits: GatewayLimits | None = None,
+        meters: Meters | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits = limits or GatewayLimits()
+        self.meters = meters or Meters()
+        self._roster = roster
+        self._links = links
+        self._choose = choose
+        self._open_text = open_text
+        self._block_keys = block_keys
+        self._eos_ids = frozenset(eos_ids)
+        self._clock = clock
+        self._jobs: OrderedDict[tuple[str, str], Job] = OrderedDict()     # (tenant, id); live ones and retained ones
+        self._over: OrderedDict[tuple[str, str], float] = OrderedDict()   # retained ones by when they ended
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._lanes: dict[str, int] = {}             # address -> open Submit streams
+        self._pending: dict[str, int] = {}           # worker id -> prompt tokens sent there without a first token yet
+        self._suspects: dict[tuple[str, bytes], float] = {}
+        self._recent = RecentPrefixes()
+        self._room = asyncio.Event()                 # a lane came free or the members changed
+        self._last_age = 0.0
+        self._stopping = False
+        roster.on_change(self._members_changed)
+
+    # ------------------------------------------------------------------ what callers do
+
+    def submit(self, spec: JobSpec) -> Job:
+        """Admit a job, or return the one that this tenant already submitted under this job_id with this content.
+
+        Raises Overloaded when the bounded queue is full, InvalidRequest when the job_id names something else.
+        """
+        if spec.job_id is not None and (known := self._jobs.get((spec.tenant, spec.job_id))) is not None:
+            if known.spec.fingerprint != spec.fingerprint:
+                raise InvalidRequest("this job_id names another request; use a new one")
+            return known
+        if self._stopping:
+            raise Unavailable("the cluster is stopping")
+        if self.live >= self.limits.max_jobs:
+            self.meters.refused("overloaded")
+            raise Overloaded(
+                f"{self.live} jobs are waiting or running, which is the limit; retry later",
+                retry_after_s=self._retry_after(),
+            )
+        job = self._admit(spec)
+        task = asyncio.create_task(self._run(job))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return job
+
+    def get(self, tenant: str, job_id: str) -> Job:
+        """A live or retained job of this tenant. Raises NotFound."""
+        self._forget_old()
+        job = self._jobs.get((tenant, job_id))
+        if job is None:
+            raise NotFound("there is no such job: it never was, or it ended too long ago")
+        return job
+
+    def jobs(self, tenant: str) -> list[Job]:
+        """This tenant's jobs, oldest first."""
+        self._forget_old()
+        return [job for (owner, _), job in self._jobs.items() if owner == tenant]
+
+    def cancel(self, job: Job) -> None:
+        """Ask a job to end; harmless when it is over. Its receipt follows within `grace_s`."""
+        self._end(job, "client")
+
+    @property
+    def live(self) -> int:
+        return len(self._jobs) - len(self._over)
+
+    @property
+    def waiting(self) -> int:
+        return sum(1 for job in self._jobs.values() if job.state == "queued")
+
+    def workers(self) -> list[Worker]:
+        return self._roster.workers()
+
+    def by_wire_id(self) -> dict[str, Job]:
+        return {job.wire_id: job for job in self._jobs.values()}
+
+    async def stop(self) -> None:
+        """End every job as Unavailable and wait for their receipts, at most the grace period."""
+        self._stopping = True
+        for job in list(self._jobs.values()):
+            self._end(job, "stopping")
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self.limits.grace_s + 1.0)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._links.close()
+
+    # ------------------------------------------------------------------ admission and retention
+
+    def _admit(self, spec: JobSpec) -> Job:
+        self._last_age = max(self._last_age + 1e-6, time.time())
+        job = Job(
+            id=spec.job_id or f"job-{secrets.token_hex(12)}",
+            wire_id=f"j-{secrets.token_hex(12)}",
+            spec=spec,
+            text=self._open_text(spec.stop),
+            seed=spec.seed if spec.seed is not None else secrets.randbits(63),
+            age=self._last_age,
+            created=time.time(),
+            started_at=self._clock(),
+            prompt_tokens=spec.prompt_tokens,
+            keys=self._block_keys(spec.tenant, spec.prompt),
+        )
+        job.progress.total = spec.prompt_tokens
+        self._jobs[(spec.tenant, job.id)] = job
+        if spec.deadline_s is not None:
+            job.deadline = asyncio.get_running_loop().call_later(spec.deadline_s, self._end, job, "deadline")
+        self.meters.admitted()
+        return job
+
+    def _forget_old(self) -> None:
+        oldest_kept = self._clock() - self.limits.retained_s
+        while self._over:
+            name, ended_at = next(iter(self._over.items()))
+            if len(self._over) <= self.limits.retained_jobs and ended_at >= oldest_kept:
+                return
+            del self._over[name], self._jobs[name]
+
+    def _retry_after(self) -> float:
+        recent = [self._jobs[name] for name in list(self._over)[-16:]]
+        if not recent:
+            return 1.0
+        seconds = sum(job.ended_at - job.started_at for job in recent) / len(recent)
+        return min(30.0, max(1.0, seconds))
+
+    # ------------------------------------------------------------------ one job
+
+    async def _run(self, job: Job) -> None:
+        try:
+            await self._serve(job)
+        except KVBankError as error:
+            self._close(job, error)
+        except asyncio.CancelledError:
+            self._close(job, Unavailable("the cluster is stopping"))
+            raise
+        except Exception:
+            log.exception("job internal_error job=%s", job.wire_id)
+            self._close(job, KVBankError("an internal error ended this job"))
+        else:
+            self._close(job, None)
+
+    def _close(self, job: Job, error: KVBankError | None) -> None:
+        job.end(self._clock(), error=error)
+        self._over[(job.spec.tenant, job.id)] = job.ended_at
+        self._finish_receipt(job)
+        self.meters.ended(job)
+        self._forget_old()
+        job.announce()
+
+    async def _serve(self, job: Job) -> None:
+        """Attempt after attempt until one settles the job. Raises the error that ends it."""
+        fruitless = 0
+        refused: set[tuple[str, bytes]] = set()      # processes that said no to this job
+        while True:
+            worker = await self._next_worker(job, refused)
+            before = len(job.ids)
+            lost = await self._attempt(job, worker)
+            if lost is None:
+                return
+            self._check_ending(job)
+            if self._complete(job):                  # only the last word of the attempt was lost
+                return
+            self.meters.lost(lost.reason)
+            log.info("job attempt_lost job=%s attempt=%d worker=%s reason=%s emitted=%d",
+                     job.wire_id, job.attempt, worker.id, lost.reason, len(job.ids))
+            if lost.refusal is not None:
+                refused.add((worker.id, worker.boot))
+                if refused >= {(w.id, w.boot) for w in self._roster.workers()}:
+                    raise lost.refusal
+                continue
+            self._suspect(worker)
+            fruitless = fruitless + 1 if len(job.ids) == before else 0
+            if fruitless >= self.limits.fruitless:
+                raise Unavailable(f"{fruitless} attempts were lost on workers in a row; the job is given up")
+
+    def _complete(self, job: Job) -> bool:
+        """Whether the tokens at hand already are the whole output."""
+        spec = job.spec
+        if job.ids and (job.ids[-1] in spec.stop_token_ids
+                        or (job.ids[-1] in self._eos_ids and not spec.ignore_eos)):
+            job.finish_reason = "stop"
+        elif len(job.ids) >= spec.max_tokens:
+            job.finish_reason = "length"
+        return bool(job.finish_reason)
+
+    def _suspect(self, worker: Worker) -> None:
+        now = self._clock()
+        self._suspects = {name: until for name, until in self._suspects.items() if until > now}
+        self._suspects[(worker.id, worker.boot)] = now + self.limits.suspect_s
+
+    async def _next_worker(self, job: Job, refused: set[tuple[str, bytes]]) -> Worker:
+        """Wait for a worker with a free lane. Raises Unavailable when there is none to wait for."""
+        give_up_at = self._clock() + self.limits.no_worker_s
+        while True:
+            self._check_ending(job)
+            self._room.clear()
+            alive = [w for w in self._roster.workers() if (w.id, w.boot) not in refused]
+            trusted = [w for w in alive if self._suspects.get((w.id, w.boot), 0.0) <= self._clock()]
+            free = [w for w in trusted if self._lanes.get(w.address, 0) < self.limits.lanes_per_worker]
+            if free and (chosen := await self._place(job, free)) is not None:
+                return chosen
+            if trusted:                              # all lanes are taken: they come free as jobs end
+                give_up_at = self._clock() + self.limits.no_worker_s
+            elif self._clock() >= give_up_at:
+                raise Unavailable(
+                    f"no model worker could be reached for {self.limits.no_worker_s:g} s; see `kvbank status`"
+                )
+            await self._wait_for_room(job)
+
+    async def _place(self, job: Job, free: list[Worker]) -> Worker | None:
+        if len(free) == 1:
+            return free[0]
+        held = await self._roster.holders(job.keys)
+        for worker in free:
+            held[worker.id] = max(held.get(worker.id, 0), self._recent.leading(job.keys, worker))
+        seen = [self._with_pending(worker) for worker in free]
+        chosen = self._choose(seen, held, job.prompt_tokens)
+        return next((w for w in free if w.id == chosen), None)
+
+    def _with_pending(self, worker: Worker) -> Worker:
+        """The worker's own report is up to a heartbeat old; what we sent it since weighs as well."""
+        pending = max(worker.tokens_pending, self._pending.get(worker.id, 0))
+        running = max(worker.jobs_running, self._lanes.get(worker.address, 0) - worker.jobs_waiting)
+        return replace(worker, tokens_pending=pending, jobs_running=running)
+
+    async def _wait_for_room(self, job: Job) -> None:
+        """Until a lane comes free, the members change, the job is asked to end, or a moment passes."""
+        waits = [asyncio.ensure_future(self._room.wait()), asyncio.ensure_future(job.wake.wait())]
+        try:
+            await asyncio.wait(waits, timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    def _check_ending(self, job: Job) -> None:
+        if job.ending:
+            raise _ending_error(job)
+
+    def _members_changed(self) -> None:
+        self._room.set()
+        used = {address for address, lanes in self._lanes.items() if lanes}
+        known = {worker.address for worker in self._roster.workers()}
+        task = asyncio.ensure_future(self._links.forget(used | known, purpose="submit"))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # ------------------------------------------------------------------ one attempt
+
+    async def _attempt(self, job: Job, worker: Worker) -> _Lost | None:
+        """Run the job on one worker. None: it is over. Otherwise why this attempt came to nothing."""
+        job.attempt += 1
+        job.worker = worker.id
+        job.progress.state, job.progress.waits_for = "queued", ""
+        self._lanes[worker.address] = self._lanes.get(worker.address, 0) + 1
+        self._pending[worker.id] = self._pending.get(worker.id, 0) + job.prompt_tokens
+        self._recent.note(job.keys, worker)
+        counted = True
+        call = self._links.submit(worker.address)
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self.limits.silence_s) as silence:
+                await call.write(jobs_pb2.SubmitRequest(job=self._message(job)))
+                job.call = call
+                if job.ending:                       # asked to end while the job was being written
+                    self._send_cancel(job, job.ending)
+                while True:
+                    reply = await call.read()
+                    if reply is grpc.aio.EOF:
+                        return self._settle(job, None) if job.ending else _Lost("stream_ended")
+                    silence.reschedule(loop.time() + self.limits.silence_s)
+                    kind = reply.WhichOneof("kind")
+                    if kind == "tokens":
+                        if counted:
+                            self._pending[worker.id] -= job.prompt_tokens
+                            counted = False
+                        if not self._take(job, reply.tokens):
+                            return _Lost("token_gap")
+                    elif kind == "progress":
+                        self._note_progress(job, reply.progress)
+                    elif kind == "done":
+                        return self._settle(job, reply.done)
+                    elif kind == "failed":
+                        return self._failed(job, reply.failed)
+        except grpc.aio.AioRpcError as error:
+            return self._settle(job, None) if job.ending else _Lost(error.code().name.lower())
+        except asyncio.InvalidStateError:            # the call was over before the job was written
+            return self._settle(job, None) if job.ending else _Lost("unavailable")
+        except TimeoutError:
+            return self._settle(job, None) if job.ending else _Lost("silent")
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise                                # this task, and not only the call, is being cancelled
+            return self._settle(job, None) if job.ending else _Lost("call_cancelled")
+        finally:
+            job.call = None
+            call.cancel()
+            self._lanes[worker.address] -= 1
+            if counted:
+                self._pending[worker.id] -= job.prompt_tokens
+            self._room.set()
+
+    def _message(self, job: Job) -> jobs_pb2.Job:
+        spec = job.spec
+        left = 0
+        if spec.deadline_s is not None:
+            left = max(1, int(1000 * (job.started_at + spec.deadline_s - self._clock())))
+        return jobs_pb2.Job(
+            id=job.wire_id, attempt=job.attempt, tenant=spec.tenant, prompt=spec.prompt,
+            emitted=np.asarray(job.ids, dtype="<i4").tobytes(), max_tokens=spec.max_tokens,
+            sampling=jobs_pb2.Sampling(
+                temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k, seed=job.seed
+            ),
+            stop_token_ids=spec.stop_token_ids, ignore_eos=spec.ignore_eos, deadline_ms=left,
+            keys=job.keys if len(job.keys) + len(spec.prompt) < 3 << 20 else b"", age=job.age, policy=spec.policy,
+        )
+
+    def _take(self, job: Job, tokens: jobs_pb2.Tokens) -> bool:
+        """Append what is new; False when a token is missing in between. Nothing is taken once a stop string was seen."""
+        skip = len(job.ids) - tokens.first_index
+        if skip < 0:
+            return False
+        if job.ending:
+            return True
+        now = self._clock()
+        ids = np.frombuffer(tokens.ids, dtype="<i4")[skip:].tolist()
+        for token in ids:
+            job.take(token, now)
+            if job.text.stopped:
+                self._end(job, "stop")
+                break
+        self.meters.tokens(job, len(ids), now)
+        job.announce()
+        return True
+
+    def _note_progress(self, job: Job, progress: jobs_pb2.Progress) -> None:
+        job.progress.state, job.progress.waits_for = progress.state, progress.waits_for
+        job.progress.computed, job.progress.total = progress.computed, progress.total
+        job.announce()
+
+    def _failed(self, job: Job, failed: jobs_pb2.Failed) -> _Lost | None:
+        if job.ending:
+            return self._settle(job, None, failed.receipt)
+        message = failed.message
+        if failed.code in _PLAIN_MESSAGE:
+            log.warning("job worker_failed job=%s worker=%s code=%s message=%s",
+                        job.wire_id, job.worker, failed.code, message)
+            message = "the worker could not serve this job"
+        error = from_code(failed.code, message)
+        if failed.code in _ELSEWHERE:
+            return _Lost(failed.code, refusal=error)
+        job.receipt = _receipt(failed.receipt)
+        raise error
+
+    def _settle(
+        self, job: Job, done: jobs_pb2.Done | None, receipt: jobs_pb2.Receipt | None = None
+    ) -> None:
+        """The attempt ended as asked, or the job is complete."""
+        if done is not None:
+            receipt = done.receipt
+        if receipt is not None:
+            job.receipt = _receipt(receipt)
+        if job.ending == "stop":
+            job.finish_reason = "stop"
+        elif done is not None and done.finish_reason in ("stop", "length"):
+            job.finish_reason = done.finish_reason
+        elif job.ending:
+            raise _ending_error(job)
+        else:
+            raise Cancelled("the worker cancelled this job")
+
+    def _end(self, job: Job, reason: str) -> None:
+        """Begin to end a job: tell its worker, and stop waiting for an answer after the grace period."""
+        if job.over or job.ending:
+            return
+        job.ending = reason
+        job.wake.set()
+        if job.call is not None:
+            self._send_cancel(job, reason)
+
+    def _send_cancel(self, job: Job, reason: str) -> None:
+        call = job.call
+
+        async def tell() -> None:
+            try:
+                await call.write(jobs_pb2.SubmitRequest(cancel=jobs_pb2.Cancel(reason=reason)))
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
+                pass                                 # the stream is over: its reader knows
+
+        task = asyncio.create_task(tell())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        asyncio.get_running_loop().call_later(self.limits.grace_s, call.cancel)
+
+    def _finish_receipt(self, job: Job) -> None:
+        """Numbers that only the gateway can know: of the whole job and not of its last attempt."""
+        receipt = job.receipt = {**_receipt(jobs_pb2.Receipt()), **job.receipt}
+        receipt["prompt_tokens"] = job.prompt_tokens
+        receipt["output_tokens"] = len(job.ids)
+        receipt["ttft_s"] = max(0.0, job.first_token_at - job.started_at) if job.ids else 0.0
+        receipt["total_s"] = job.ended_at - job.started_at
+        receipt["attempts"] = job.attempt
+        if job.attempt > 1:
+            again = min(receipt["computed_tokens"], job.prompt_tokens + len(job.ids))
+            receipt["recomputed_after_fault"] = max(receipt["recomputed_after_fault"], again)
+
+
+def _ending_error(job: Job) -> KVBankError:
+    if job.ending == "deadline":
+        return DeadlineExceeded(
+            f"the job's deadline of {job.spec.deadline_s:g} s passed after {len(job.ids)} of {job.spec.max_tokens} tokens"
+        )
+    if job.ending == "stopping":
+        return Unavailable("the cluster is stopping")
+    return Cancelled("the job was cancelled by its caller")
+
+
+def _receipt(receipt: jobs_pb2.Receipt) -> dict[str, Any]:
+    return {
+        "prompt_tokens": receipt.prompt_tokens,
+        "output_tokens": receipt.output_tokens,
+        "computed_tokens": receipt.computed_tokens,
+        "reused": dict(receipt.reused),
+        "missed": dict(receipt.missed),
+        "borrowed_blocks_peak": receipt.borrowed_blocks_peak,
+        "parked_blocks_peak": receipt.parked_blocks_peak,
+        "lenders": list(receipt.lenders),
+        "remote_attention_calls": receipt.remote_attention_calls,
+        "recomputed_after_fault": receipt.recomputed_after_fault,
+        "ttft_s": receipt.ttft_s,
+        "total_s": receipt.total_s,
+    }

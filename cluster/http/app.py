@@ -1,0 +1,194 @@
+"""The HTTP application: who may call, how much is read, and how an error looks. The routes are in the sibling files.
+
+Every route names its door: `open` (anyone), or a tenant that the caller's key proves. The door is passed before a byte of the
+body is read. Errors carry a stable code and a message for people, never a path, an address or an exception's text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from kvbank.cluster.gateway import Gateway
+from kvbank.cluster.intake import Intake, parse_json
+from kvbank.errors import InvalidRequest, KVBankError, NotFound, Overloaded, Unauthorized
+
+log = logging.getLogger(__name__)
+
+DEFAULT_TENANT = "default"
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+          405: "invalid_request_error", 409: "conflict_error", 413: "invalid_request_error", 429: "rate_limit_error",
+          504: "timeout_error"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpLimits:
+    """What one request may cost before it is a job."""
+
+    body_bytes: int = 8 << 20        # long prompts are the point of this service
+    body_s: float = 30.0             # to send the whole body
+    quiet_s: float = 5.0             # a stream without news gets a comment that often
+    choices: int = 16                # jobs that one completion request may start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """What the routes share."""
+
+    gateway: Gateway
+    intake: Intake
+    limits: HttpLimits = field(default_factory=HttpLimits)
+    api_keys: Mapping[str, str] = field(default_factory=dict)        # key -> tenant
+    hosts: tuple[str, ...] = LOOPBACK                                # Host names answered to while no keys are set
+    created: int = 0                                                 # unix time, for /v1/models
+    status: Callable[[], Awaitable[dict[str, Any]]] | None = None    # members, loans and tiers, for /v1/status
+
+
+class Doorman:
+    """Which tenant a request speaks for. Keys are kept and compared as digests."""
+
+    def __init__(self, api_keys: Mapping[str, str]) -> None:
+        self._tenants = {_digest(key): tenant for key, tenant in api_keys.items()}
+
+    def tenant(self, request: Request) -> str:
+        """Raises Unauthorized. Without configured keys everybody is the default tenant."""
+        if not self._tenants:
+            return DEFAULT_TENANT
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not given:
+            raise Unauthorized("an API key is needed: send the header `Authorization: Bearer <key>`")
+        tenant = self._tenants.get(_digest(given.strip()))
+        if tenant is None:
+            raise Unauthorized("the API key is not valid here")
+        return tenant
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def build_app(front: Front) -> FastAPI:
+    """The application with all routes."""
+    from kvbank.cluster.http import jobs, openai, status
+
+    app = FastAPI(title="kvbank", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    doorman = Doorman(front.api_keys)
+    behind_door = [Depends(_door(doorman))]
+    app.include_router(status.open_routes(front))
+    routers: list[APIRouter] = [openai.routes(front), jobs.routes(front), status.routes(front)]
+    for router in routers:
+        app.include_router(router, dependencies=behind_door)
+    app.add_exception_handler(KVBankError, _answer_error)            # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _answer_http_error)     # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _answer_unknown_error)
+    app.add_middleware(_OriginGuard, hosts=None if front.api_keys else front.hosts)
+    return app
+
+
+def _door(doorman: Doorman) -> Callable[[Request], Awaitable[None]]:
+    async def door(request: Request) -> None:
+        request.state.tenant = doorman.tenant(request)
+
+    return door
+
+
+async def read_body(request: Request, limits: HttpLimits) -> dict[str, Any]:
+    """The request's JSON object, read within its limits. Raises InvalidRequest."""
+    declared = request.headers.get("content-length", "0")
+    too_big = declared.isdigit() and int(declared) > limits.body_bytes
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(limits.body_s):
+            async for part in request.stream():
+                size += len(part)
+                if too_big or size > limits.body_bytes:
+                    too_big, parts = True, []        # read on and drop, so that the caller can hear the answer
+                    if size > 4 * limits.body_bytes:
+                        break
+                else:
+                    parts.append(part)
+    except TimeoutError:
+        raise InvalidRequest(f"the body did not arrive within {limits.body_s:g} s") from None
+    if too_big:
+        raise BodyTooLarge(
+            f"the body is larger than {limits.body_bytes} bytes; send token ids or a shorter prompt, or raise "
+            "http.body_bytes"
+        )
+    return parse_json(b"".join(parts))
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request body exceeds its limit."""
+
+    http_status = 413
+
+
+def error_body(error: KVBankError) -> dict[str, Any]:
+    """An error as OpenAI's clients know it."""
+    kind = _TYPES.get(error.http_status, "server_error")
+    body: dict[str, Any] = {"message": str(error), "type": kind, "param": None, "code": error.code}
+    if isinstance(error, Overloaded):
+        body["retry_after_s"] = error.retry_after_s
+    return {"error": body}
+
+
+async def _answer_error(_request: Request, error: KVBankError) -> Response:
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), status_code=error.http_status, headers=headers)
+
+
+async def _answer_http_error(_request: Request, error: HTTPException) -> Response:
+    known = {404: NotFound("there is no such route"), 405: InvalidRequest("this route does not take that method")}
+    body = error_body(known.get(error.status_code, InvalidRequest("the request is malformed")))
+    body["error"]["type"] = _TYPES.get(error.status_code, body["error"]["type"])
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _answer_unknown_error(_request: Request, _error: Exception) -> Response:
+    return JSONResponse(error_body(KVBankError("an internal error; the gateway's log has it")), status_code=500)
+
+
+class _OriginGuard:
+    """Keeps web pages away from a gateway that asks for no key: a foreign Host or Origin is refused.
+
+    A page can make a browser post to 127.0.0.1, and DNS rebinding makes that page's own name point there.
+    """
+
+    def __init__(self, app: Any, *, hosts: tuple[str, ...] | None) -> None:
+        self._app = app
+        self._hosts = hosts
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and self._hosts is not None:
+            headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+            origin = headers.get(b"origin")
+            names = [_host_name(headers.get(b"host", ""))]
+            if origin is not None:
+                names.append(_host_name(origin.partition("://")[2]))
+            if any(name not in self._hosts for name in names):
+                body = error_body(Unauthorized("this gateway has no API keys and answers to local callers only"))
+                body["error"]["type"] = _TYPES[403]
+                await JSONResponse(body, status_code=403)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _host_name(host: str) -> str:
+    """`name` of `name:port`, brackets of IPv6 kept."""
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0].lower()

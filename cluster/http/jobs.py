@@ -1,0 +1,120 @@
+"""kvbank's own dialect: a job is submitted once and read as often, as late and from wherever one likes.
+
+POST /v1/jobs · GET /v1/jobs · GET /v1/jobs/ID?wait_s= · GET /v1/jobs/ID/stream?from= · DELETE /v1/jobs/ID (or POST …/cancel)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from kvbank.cluster.http.app import Front, error_body, read_body
+from kvbank.cluster.http.events import EventStream, event, unless_left
+from kvbank.cluster.job import Job
+from kvbank.errors import InvalidRequest
+
+MAX_WAIT_S = 60.0
+
+
+def routes(front: Front) -> APIRouter:
+    """The routes of this dialect."""
+    router = APIRouter(prefix="/v1/jobs")
+    gateway = front.gateway
+
+    def job_of(request: Request) -> Job:
+        return gateway.get(request.state.tenant, request.path_params["job_id"])
+
+    @router.post("")
+    async def submit(request: Request) -> Response:
+        body = await read_body(request, front.limits)
+        spec = await front.intake.spec(body, tenant=request.state.tenant)
+        return JSONResponse(job_body(gateway.submit(spec)), status_code=202)
+
+    @router.get("")
+    async def jobs(request: Request) -> Response:
+        told = [job_body(job, brief=True) for job in gateway.jobs(request.state.tenant)]
+        return JSONResponse({"object": "list", "data": told})
+
+    @router.get("/{job_id}")
+    async def one(request: Request) -> Response:
+        job = job_of(request)
+        wait_s = _query_number(request, "wait_s", 0.0, MAX_WAIT_S)
+        if wait_s > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await unless_left(request, job.settled(), lambda: None)
+        return JSONResponse(job_body(job))
+
+    @router.get("/{job_id}/stream")
+    async def stream(request: Request) -> Response:
+        job = job_of(request)
+        last = request.headers.get("last-event-id", "0")
+        first = int(_query_number(request, "from", float(last) if last.isdigit() else 0.0, 2**31))
+        if first > len(job.ids):
+            raise InvalidRequest(f"the job has {len(job.ids)} tokens so far, there is no token {first}")
+        return EventStream(_events(job, first, front.limits.quiet_s))
+
+    @router.delete("/{job_id}")
+    @router.post("/{job_id}/cancel")
+    async def cancel(request: Request) -> Response:
+        job = job_of(request)
+        gateway.cancel(job)
+        return JSONResponse(job_body(job, brief=True), status_code=202)
+
+    return router
+
+
+async def _events(job: Job, first: int, quiet_s: float) -> AsyncIterator[bytes]:
+    told: Any = None
+    async for piece in job.follow(first, quiet_s=quiet_s):
+        if piece is not None:
+            data = {"index": piece.index, "token_ids": piece.token_ids, "text": piece.text}
+            yield event(data, name="delta", number=piece.index + len(piece.token_ids))
+        elif (progress := _progress(job)) != told:
+            told = progress
+            yield event(progress, name="progress")
+        else:
+            yield b": keep-alive\n\n"
+    yield event(job_body(job), name="done")
+
+
+def job_body(job: Job, *, brief: bool = False) -> dict[str, Any]:
+    """A job as JSON; `brief` leaves its output out."""
+    body: dict[str, Any] = {
+        "id": job.id, "object": "job", "state": job.state, "created": job.created, "attempt": job.attempt,
+        "worker": job.worker, "prompt_tokens": job.prompt_tokens, "output_tokens": len(job.ids),
+        "seed": job.seed, "progress": _progress(job),
+    }
+    if not job.over or brief:
+        return body
+    body["receipt"] = job.receipt
+    if job.error is not None:
+        return {**body, **error_body(job.error)}
+    body["result"] = {
+        "text": job.output_text, "token_ids": job.ids, "finish_reason": job.finish_reason, "receipt": job.receipt,
+    }
+    return body
+
+
+def _progress(job: Job) -> dict[str, Any]:
+    progress = job.progress
+    return {"state": progress.state, "computed": progress.computed, "total": progress.total,
+            "waits_for": progress.waits_for}
+
+
+def _query_number(request: Request, name: str, default: float, high: float) -> float:
+    given = request.query_params.get(name)
+    if given is None:
+        return default
+    try:
+        value = float(given)
+    except ValueError:
+        raise InvalidRequest(f"{name} must be a number") from None
+    if not 0 <= value <= high:
+        raise InvalidRequest(f"{name} must be from 0 to {high:g}")
+    return value

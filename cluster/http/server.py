@@ -1,0 +1,283 @@
+"""Server: the gateway as a member of the cluster. Builds its parts from settings and runs them on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from kvbank.cluster.config import is_loopback
+from kvbank.cluster.gateway import Gateway, GatewayLimits
+from kvbank.cluster.http.app import LOOPBACK, Front, HttpLimits, build_app
+from kvbank.cluster.intake import Intake, ModelFacts
+from kvbank.cluster.job import TextStream
+from kvbank.cluster.links import Links
+from kvbank.cluster.placement import choose_worker
+from kvbank.cluster.roster import Roster
+from kvbank.cluster.survey import Survey
+from kvbank.errors import ConfigError
+from kvbank.kvstore.hashing import block_keys, root_key
+from kvbank.kvstore.layout import Layout
+
+log = logging.getLogger(__name__)
+
+HEADERS_S = 10.0                     # a connection must send its first request's headers within this
+MAX_CONNECTIONS = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings:
+    """All that one gateway needs to know. `cache_secret` and `model_digest` must be the workers' own."""
+
+    control: str                     # address of the control plane
+    token: str = field(repr=False)   # the cluster token
+    model: str                       # the model folder: config.json and tokenizer.json are read
+    cache_secret: bytes = field(repr=False)
+    model_digest: str
+    served_name: str = ""            # default: the folder's name
+    dtype: str = "float32"
+    exactness: str = "fast"
+    block_size: int = 16
+    span_tokens: int = 128
+    host_bytes: int = 0              # of each worker: a job may park spans there
+    host: str = "127.0.0.1"
+    port: int = 0
+    api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    http: HttpLimits = field(default_factory=HttpLimits)
+    limits: GatewayLimits = field(default_factory=GatewayLimits)
+
+    @classmethod
+    def from_flat(
+        cls, flat: Mapping[str, Any], *, control: str, token: str, cache_secret: bytes, model_digest: str
+    ) -> GatewaySettings:
+        """From `cluster.config.Settings.flat()` and what the launcher made."""
+        return cls(
+            control=control, token=token, model=flat["model"], cache_secret=cache_secret, model_digest=model_digest,
+            dtype=flat["dtype"], exactness=flat["exactness"], block_size=flat["block_size"],
+            span_tokens=flat["span_tokens"], host_bytes=flat["host_bytes"], host=flat["host"], port=flat["port"],
+            api_keys=dict(flat["api_keys"]), http=HttpLimits(body_bytes=flat["max_body_bytes"]),
+            limits=GatewayLimits(max_jobs=flat["max_jobs"], retained_s=flat["keep_jobs_s"]),
+        )
+
+
+def build_gateway(settings: GatewaySettings) -> GatewayServer:
+    """A gateway for a cluster whose control plane is up. Raises ModelError or ConfigError before anything is started."""
+    from kvbank.workers.detokenizer import TextStream as Detokenizer
+    from kvbank.workers.models.config_reader import read_config
+    from kvbank.workers.models.tokenizer import load_tokenizer
+
+    config = read_config(settings.model)
+    tokenizer = load_tokenizer(settings.model)
+    layout = Layout(
+        num_layers=config.num_layers, layer_first=0, layer_last=config.num_layers, kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim, span_tokens=settings.span_tokens, block_size=settings.block_size, dtype=settings.dtype,
+    )
+    facts = ModelFacts(
+        name=settings.served_name or Path(settings.model).resolve().name, vocab_size=config.vocab_size,
+        max_position=config.max_position,
+    )
+
+    def open_text(stop: tuple[str, ...]) -> TextStream:
+        return Detokenizer(tokenizer, list(stop))
+
+    def encode(text: str, at_start: bool) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=at_start).ids)
+
+    async def assemble() -> Assembly:
+        links = Links(settings.token)
+        roster = Roster(links, settings.control)
+
+        def keys(tenant: str, prompt: bytes) -> bytes:
+            numerics = ""
+            if settings.exactness == "bitwise":
+                named = {worker.numerics for worker in roster.workers()}
+                if len(named) != 1:
+                    return b""                       # the worker hashes for itself
+                numerics = named.pop()
+            root = root_key(settings.cache_secret, tenant=tenant, model_digest=settings.model_digest, layout=layout,
+                            numerics=numerics)
+            return b"".join(block_keys(root, prompt, settings.block_size))
+
+        def capacity() -> int | None:
+            return _capacity_tokens(roster, layout, settings.host_bytes, config.windows)
+
+        gateway = Gateway(
+            roster=roster, links=links, open_text=open_text, block_keys=keys, eos_ids=config.eos_ids,
+            limits=settings.limits,
+            choose=lambda workers, held, tokens: choose_worker(
+                held, workers, prompt_tokens=tokens, block_size=settings.block_size
+            ),
+        )
+        survey = Survey(roster, links, blocks_per_slot=layout.blocks_per_span)
+        front = Front(
+            gateway=gateway, intake=Intake(facts, encode, capacity_tokens=capacity), limits=settings.http,
+            api_keys=settings.api_keys, hosts=(*LOOPBACK, settings.host), created=int(time.time()), status=survey.told,
+        )
+        await roster.start()
+        return Assembly(front, roster)
+
+    return GatewayServer(assemble, host=settings.host, port=settings.port, open_door=not settings.api_keys)
+
+
+def _capacity_tokens(roster: Roster, layout: Layout, host_bytes: int, windows: tuple[int | None, ...]) -> int | None:
+    """Tokens one job could hold if everything were free: every slot that can take a span, and the host tier.
+
+    An upper bound: what fits it may still be refused by the worker, which knows what it may borrow. None when a sliding
+    window lets spans go, so that any length fits.
+    """
+    if windows and all(window is not None for window in windows):
+        return None
+    slots: dict[str, int] = {}
+    shards = 1
+    for member in (view.member for view in roster.members):
+        slots[member.kind] = slots.get(member.kind, 0) + member.slots_total
+        shards = max(shards, member.shards)
+    if not slots.get("model"):
+        return None
+    spans = (slots["model"] + slots.get("lender", 0)) // shards + host_bytes // max(1, layout.slot_bytes // shards)
+    return spans * layout.span_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """What runs on the server's loop; `roster` is whatever must be stopped after the gateway."""
+
+    front: Front
+    roster: Any
+
+
+class GatewayServer:
+    """Owns a thread, its event loop and the listening socket. `start` returns the address, `stop` gives all back."""
+
+    def __init__(self, assemble: Callable[[], Any], *, host: str, port: int, open_door: bool) -> None:
+        if open_door and not is_loopback(host):
+            raise ConfigError(f"http.host {host} is not loopback and http.api_keys is empty: anyone could use it")
+        self._assemble = assemble
+        self._host, self._port = host, port
+        self._socket: socket.socket | None = None
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._server: _Uvicorn | None = None
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self.gateway: Gateway | None = None
+
+    def start(self) -> str:
+        """Bind, start serving, and return `http://host:port`. Raises ConfigError when the port is taken."""
+        self._socket = _listen(self._host, self._port)
+        self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            self._thread.join()
+            raise self._failure
+        return self.address
+
+    @property
+    def address(self) -> str:
+        assert self._socket is not None, "not started"
+        host, port = self._socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def stop(self, timeout_s: float = 4.0) -> None:
+        """End all jobs, answer who still listens, and close. Safe to call twice."""
+        if self._server is not None and self._loop is not None and self._loop.is_running():
+            with contextlib.suppress(RuntimeError):  # the loop ended in this moment
+                self._loop.call_soon_threadsafe(self._server.leave)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+        if self._socket is not None:
+            self._socket.close()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            if self._ready.is_set():
+                log.exception("gateway crashed")
+            self._failure = error
+        finally:
+            self._ready.set()
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        assembly: Assembly = await self._assemble()
+        self.gateway = assembly.front.gateway
+        config = uvicorn.Config(
+            build_app(assembly.front), http=_PatientProtocol, ws="none", lifespan="off", log_config=None,
+            access_log=False, server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=2,
+            limit_concurrency=MAX_CONNECTIONS,
+        )
+        self._server = _Uvicorn(config, self._ready)
+        assert self._socket is not None
+        serving = asyncio.ensure_future(self._server.serve(sockets=[self._socket]))
+        leaving = asyncio.ensure_future(self._server.leaving.wait())
+        await asyncio.wait({serving, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await assembly.roster.stop()
+        await assembly.front.gateway.stop()          # streams end with an error event before their sockets close
+        self._server.should_exit = True
+        await serving
+        leaving.cancel()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+        made.listen(1024)
+    except OSError as error:
+        made.close()
+        raise ConfigError(
+            f"http.port {port} on {host} cannot be had ({error.strerror}): is another program listening there? "
+            "Choose another port, or 0 for any"
+        ) from error
+    made.setblocking(False)
+    return made
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its hands on signals, telling when it is up."""
+
+    def __init__(self, config: uvicorn.Config, ready: threading.Event) -> None:
+        super().__init__(config)
+        self._up = ready
+        self.leaving = asyncio.Event()
+
+    def leave(self) -> None:
+        self.leaving.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self._up.set()
+
+
+class _PatientProtocol(H11Protocol):
+    """uvicorn's protocol, but a connection that never sends a whole request head is closed."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(HEADERS_S, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def _give_up(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()

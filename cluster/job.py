@@ -1,0 +1,142 @@
+"""Job: one job as the gateway knows it, from admission to the end of its retention.
+
+Holds the prompt while it may have to be sent again, every token and its text for streams that come late or twice, and the
+outcome. Changed only on the gateway's event loop; readers follow it with their own cursor, so none can slow another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from kvbank.cluster.intake import JobSpec
+from kvbank.errors import KVBankError
+
+
+class TextStream(Protocol):
+    """Token ids in, text out; holds back what may still change. workers/detokenizer.py is the real one."""
+
+    stopped: bool                    # a stop string was seen: its text is not returned, nothing may follow
+
+    def push(self, ids: list[int]) -> str: ...
+    def finish(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a job's output: ids `index ..` and the text that they released."""
+
+    index: int
+    token_ids: list[int]
+    text: str
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far the current attempt says it is."""
+
+    state: str = "queued"
+    computed: int = 0                # prompt tokens whose KV is there
+    total: int = 0
+    waits_for: str = "worker"
+
+
+@dataclass(eq=False)
+class Job:
+    """`ids` and `texts` run in parallel: texts[i] is what became certain with token i; `tail` is flushed at the end."""
+
+    id: str                          # what the caller knows it by
+    wire_id: str                     # what workers know it by: drawn here, never the caller's
+    spec: JobSpec
+    text: TextStream
+    seed: int
+    age: float                       # admission stamp, smaller is older
+    created: float                   # unix time
+    started_at: float                # monotonic
+    keys: bytes = b""                # block keys of the prompt, 32 bytes each
+    prompt_tokens: int = 0
+    ids: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    tail: str = ""
+    attempt: int = 0
+    worker: str = ""
+    progress: Progress = field(default_factory=Progress)
+    ending: str = ""                 # why it was asked to end: client | stop | deadline | stopping
+    finish_reason: str = ""
+    receipt: dict[str, Any] = field(default_factory=dict)
+    error: KVBankError | None = None
+    first_token_at: float = 0.0
+    ended_at: float = 0.0
+    call: Any = None                 # the open Submit stream of the current attempt
+    deadline: asyncio.TimerHandle | None = None
+    readers: int = 0                 # completions that wait for it; the last one to leave cancels it
+    wake: asyncio.Event = field(default_factory=asyncio.Event)       # set when `ending` is
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def over(self) -> bool:
+        return self.ended_at > 0.0
+
+    @property
+    def state(self) -> str:
+        if not self.over:
+            return "running" if self.ids or self.progress.state not in ("", "queued", "waiting") else "queued"
+        if self.error is None:
+            return "finished"
+        return "cancelled" if self.error.code == "cancelled" else "failed"
+
+    def take(self, token: int, now: float) -> None:
+        """Accept the next token of the output."""
+        if not self.ids:
+            self.first_token_at = now
+        self.ids.append(token)
+        self.texts.append(self.text.push([token]))
+
+    def end(self, now: float, *, error: KVBankError | None = None) -> None:
+        """Close the job. The prompt is let go, the output stays for late readers; `announce` is the caller's next step."""
+        self.tail = self.text.finish()
+        self.error, self.ended_at = error, now
+        self.spec, self.keys = replace(self.spec, prompt=b""), b""
+        self.call = None
+        if self.deadline is not None:
+            self.deadline.cancel()
+
+    def announce(self) -> None:
+        """Wake all who follow this job."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def settled(self) -> None:
+        """Return once the job is over."""
+        while not self.over:
+            await self._changed.wait()
+
+    async def follow(self, first: int = 0, *, quiet_s: float = 5.0) -> AsyncIterator[Piece | None]:
+        """Output from token index `first` to the end; None when `quiet_s` passed or only the progress changed."""
+        at, told = min(first, len(self.ids)), False
+        while True:
+            changed = self._changed
+            if at < len(self.ids):
+                ids = self.ids[at:]
+                piece = Piece(at, ids, "".join(self.texts[at:]))
+                at += len(ids)
+                yield piece
+                continue
+            if self.over:
+                if self.tail and not told:
+                    told = True
+                    yield Piece(at, [], self.tail)
+                return
+            try:
+                async with asyncio.timeout(quiet_s):
+                    await changed.wait()
+            except TimeoutError:
+                pass
+            if at >= len(self.ids) and not self.over:
+                yield None
+
+    @property
+    def output_text(self) -> str:
+        return "".join(self.texts) + self.tail

@@ -1,0 +1,231 @@
+"""Fakes at the gateway's three seams: workers (a real gRPC server that streams a known function), the roster, and text.
+
+The fake model's next token is a function of the prompt and the index alone, so whatever happens to workers in between, the
+right output is known beforehand.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import grpc
+import numpy as np
+import pytest
+
+from kvbank.cluster.gateway import Gateway, GatewayLimits
+from kvbank.cluster.http.app import Front, HttpLimits
+from kvbank.cluster.http.server import Assembly, GatewayServer
+from kvbank.cluster.intake import Intake, ModelFacts
+from kvbank.cluster.links import Links
+from kvbank.cluster.roster import Worker
+from kvbank.kvstore.transport import rpc
+from kvbank.proto import jobs_pb2 as pb
+
+TOKEN = "ab" * 16
+VOCAB = 256
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    """What the fake model answers: printable bytes, never twice the same in a row."""
+    return [97 + (sum(prompt) + 7 * at) % 26 for at in range(count)]
+
+
+class FakeWorker:
+    """Serves Jobs. `step` is asked before each token and may wait, abort the process's place, or do nothing."""
+
+    def __init__(self, name: str) -> None:
+        self.id = name
+        self.seen: list[pb.Job] = []
+        self.cancels: list[str] = []
+        self.failure: tuple[str, str] | None = None          # answered instead of tokens
+        self.die_at: int | None = None                       # abort the stream before this token index, once
+        self.hang_at: int | None = None                      # say nothing more from this token index on
+        self.repeat = False                                  # send each token twice, the second time with the one before
+        self.token_s = 0.0
+        self.ended = threading.Event()                       # a stream was left by its gateway
+        self._server = rpc.server(TOKEN, threads=16)
+        self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("kvbank.Jobs", {
+            "Submit": grpc.stream_stream_rpc_method_handler(
+                self._submit, pb.SubmitRequest.FromString, pb.SubmitReply.SerializeToString),
+            "Status": grpc.unary_unary_rpc_method_handler(
+                self._status, pb.StatusRequest.FromString, pb.WorkerStatus.SerializeToString),
+        })])
+        self.address = f"127.0.0.1:{rpc.bind(self._server, '127.0.0.1:0')}"
+        self._server.start()
+
+    def view(self) -> Worker:
+        return Worker(id=self.id, boot=self.id.encode(), address=self.address)
+
+    def kill(self) -> None:
+        """What SIGKILL looks like from outside: every stream breaks at once, nothing more is accepted."""
+        self._server.stop(None)
+
+    def _status(self, _request: pb.StatusRequest, _context: grpc.ServicerContext) -> pb.WorkerStatus:
+        return pb.WorkerStatus(
+            id=self.id, kind="model", pid=1, blocks_total=48, blocks_free=40, blocks_used=8,
+            tiers=[pb.TierStatus(name="host", bytes_used=10, bytes_limit=100, frames=1, state="ok", counters={"hits": 2})],
+            loans=[pb.LoanStatus(id="loan-1", lender=self.id, borrower="worker-9", blocks=8, term_s=6, age_s=1)],
+            counters={"forward_rows": 5},
+        )
+
+    def _submit(self, requests: Iterator[pb.SubmitRequest], context: grpc.ServicerContext) -> Iterator[pb.SubmitReply]:
+        context.add_callback(self.ended.set)
+        job = next(requests).job
+        self.seen.append(job)
+        cancelled = threading.Event()
+        threading.Thread(target=self._listen, args=(requests, cancelled), daemon=True).start()
+        yield pb.SubmitReply(accepted=pb.Accepted(worker=self.id))
+        if self.failure is not None:
+            yield pb.SubmitReply(failed=pb.Failed(code=self.failure[0], message=self.failure[1]))
+            return
+        prompt = np.frombuffer(job.prompt, "<i4").tolist()
+        wanted = expected(prompt, job.max_tokens)
+        first = len(job.emitted) // 4
+        assert np.frombuffer(job.emitted, "<i4").tolist() == wanted[:first]
+        yield pb.SubmitReply(progress=pb.Progress(state="prefill", computed=len(prompt), total=len(prompt)))
+        for at in range(first, job.max_tokens):
+            if cancelled.wait(self.token_s) if self.token_s else cancelled.is_set():
+                yield pb.SubmitReply(done=pb.Done(finish_reason="cancelled", receipt=self._receipt(job, at)))
+                return
+            if at == self.die_at:
+                self.die_at = None
+                context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
+            if at == self.hang_at:
+                self.hang_at = None
+                cancelled.wait(30)
+                return
+            yield pb.SubmitReply(tokens=pb.Tokens(first_index=at, ids=np.asarray([wanted[at]], "<i4").tobytes()))
+            if self.repeat and at:
+                twice = np.asarray(wanted[at - 1:at + 1], "<i4").tobytes()
+                yield pb.SubmitReply(tokens=pb.Tokens(first_index=at - 1, ids=twice))
+        yield pb.SubmitReply(done=pb.Done(finish_reason="length", receipt=self._receipt(job, job.max_tokens)))
+
+    def _receipt(self, job: pb.Job, outputs: int) -> pb.Receipt:
+        prompt = len(job.prompt) // 4
+        return pb.Receipt(prompt_tokens=prompt, output_tokens=outputs, computed_tokens=prompt - prompt // 2,
+                          reused={"device": prompt // 2}, missed={"never_seen": prompt - prompt // 2})
+
+    def _listen(self, requests: Iterator[pb.SubmitRequest], cancelled: threading.Event) -> None:
+        try:
+            for request in requests:
+                self.cancels.append(request.cancel.reason)
+                cancelled.set()
+        except Exception:                            # the stream ended
+            cancelled.set()
+
+
+class FakeRoster:
+    """The members a test wants; thread-safe enough because lists are replaced, never changed."""
+
+    def __init__(self) -> None:
+        self.alive: list[Worker] = []
+        self.held: dict[str, int] = {}
+        self._listeners: list[Callable[[], None]] = []
+
+    def workers(self) -> list[Worker]:
+        return self.alive
+
+    async def holders(self, keys: bytes) -> dict[str, int]:
+        return dict(self.held)
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        self._listeners.append(listener)
+
+    async def stop(self) -> None:
+        pass
+
+
+class ByteText:
+    """TextStream over bytes: one token, one character. Holds back what may begin a stop string."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop, self._held, self.text, self.stopped = stop, "", "", False
+
+    def push(self, ids: list[int]) -> str:
+        self._held += bytes(ids).decode("latin-1")
+        for stop in self._stop:
+            at = self._held.find(stop)
+            if at >= 0:
+                self.stopped, self._held = True, self._held[:at]
+        keep = 0 if self.stopped else max(
+            (n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
+        out, self._held = self._held[:len(self._held) - keep], self._held[len(self._held) - keep:]
+        self.text += out
+        return out
+
+    def finish(self) -> str:
+        out, self._held = self._held, ""
+        self.text += out
+        return out
+
+
+@pytest.fixture
+def make_worker() -> Iterator[Callable[[str], FakeWorker]]:
+    """Start fake workers; they end with the test."""
+    made: list[FakeWorker] = []
+
+    def make(name: str) -> FakeWorker:
+        made.append(FakeWorker(name))
+        return made[-1]
+
+    yield make
+    for worker in made:
+        worker.kill()
+
+
+@pytest.fixture
+def make_server() -> Iterator[Callable[..., SimpleNamespace]]:
+    """Start a gateway over real HTTP: `.address`, `.gateway`, `.roster` and `.stop()`."""
+    servers: list[GatewayServer] = []
+
+    def make(*workers: FakeWorker, port: int = 0, **options: object) -> SimpleNamespace:
+        roster = FakeRoster()
+        roster.alive = [worker.view() for worker in workers]
+        limits = GatewayLimits(**{"silence_s": 2.0, "grace_s": 1.0, "no_worker_s": 2.0, "suspect_s": 0.2,
+                                  **options.get("limits", {})})
+        facts = ModelFacts(name="fake", vocab_size=VOCAB, max_position=options.get("max_position", 4096))
+        capacity = options.get("capacity_tokens")
+
+        async def assemble() -> Assembly:
+            gateway = Gateway(
+                roster=roster, links=Links(TOKEN), open_text=ByteText, limits=limits,
+                block_keys=options.get("block_keys", lambda _tenant, _prompt: b""), eos_ids=(0,),
+                choose=options.get("choose", lambda workers, held, tokens: min(
+                    workers, key=lambda w: (-held.get(w.id, 0), w.jobs_running, w.id)).id),
+            )
+            front = Front(
+                gateway=gateway, limits=HttpLimits(**{"quiet_s": 0.2, **options.get("http", {})}),
+                intake=Intake(facts, lambda text, _start: list(text.encode()), capacity_tokens=lambda: capacity),
+                api_keys=options.get("api_keys", {}), created=int(time.time()), status=options.get("status"),
+            )
+            return Assembly(front, roster)
+
+        server = GatewayServer(assemble, host="127.0.0.1", port=port, open_door=not options.get("api_keys"))
+        servers.append(server)
+        address = server.start()
+        return SimpleNamespace(address=address, gateway=server.gateway, roster=roster, stop=server.stop)
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def eventually() -> Callable[..., None]:
+    """Wait for a condition with a bound, instead of sleeping and hoping."""
+
+    def wait(condition: Callable[[], object], *, within_s: float = 10.0) -> None:
+        give_up_at = time.monotonic() + within_s
+        while not condition():
+            assert time.monotonic() < give_up_at, "the condition did not come true in time"
+            time.sleep(0.005)
+
+    return wait
+
+
+@pytest.fixture
+def answer_of() -> Callable[[list[int], int], list[int]]:
+    return expected
