@@ -1,8 +1,8 @@
 """Logits to tokens. A row's token depends on its logits, its parameters and (seed, position), and on nothing else.
 
-So a job gives the same tokens alone, batched, resumed on another worker or replayed. The noise comes from a counter-based
-generator (Philox 4x64, Salmon et al. 2011) keyed by (seed, position): no state to carry, nothing to lose. Sampling is
-Gumbel-max over the tokens that top-k and top-p leave. Knows nothing of jobs, stop strings or shards.
+So a job gives the same tokens alone, batched, resumed on another worker or replayed. The noise comes from a
+counter-based generator (Philox 4x64, Salmon et al. 2011) keyed by (seed, position): no state to carry, nothing to lose.
+Sampling is Gumbel-max over the tokens that top-k and top-p leave. Knows nothing of jobs, stop strings or shards.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kvbank.errors import InvalidRequest, ModelError
@@ -34,8 +33,9 @@ class SamplingParams:
         _check("temperature", self.temperature, (int, float), 0 <= _number(self.temperature) < math.inf,
                "a finite number of at least 0")
         _check("top_p", self.top_p, (int, float), 0 < _number(self.top_p) <= 1, "a number above 0 and at most 1")
-        _check("top_k", self.top_k, (int,), 0 <= _number(self.top_k) < 1 << 31, "an integer of at least 0 (0: all tokens)")
-        _check("seed", self.seed, (int,), 0 <= _number(self.seed) < SEED_LIMIT, f"an integer from 0 to {SEED_LIMIT - 1}")
+        _check("top_k", self.top_k, (int,), 0 <= _number(self.top_k) < 1 << 31, "an integer of at least 0")
+        _check("seed", self.seed, (int,), 0 <= _number(self.seed) < SEED_LIMIT,
+               f"an integer from 0 to {SEED_LIMIT - 1}")
 
     @property
     def greedy(self) -> bool:
@@ -50,7 +50,8 @@ class BadLogits(ModelError):
     """
 
     def __init__(self, rows: tuple[int, ...], tokens: list[int | None]) -> None:
-        super().__init__(f"the model gave no usable logits (NaN or infinite) for {len(rows)} of {len(tokens)} rows: {list(rows)}")
+        super().__init__(f"the model gave no usable logits (NaN or infinite) for {len(rows)} of {len(tokens)} rows: "
+                         f"{list(rows)}")
         self.rows = rows
         self.tokens = tokens
 
@@ -80,7 +81,7 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence
 
 
 def gumbel_noise(seed: int, position: int, vocab_size: int) -> np.ndarray:
-    """Standard Gumbel noise, [vocab_size] float32: the same for the same arguments on every machine, up to one ulp of `log`."""
+    """Standard Gumbel noise, [vocab_size] float32: a function of its arguments, up to an ulp of the machine's `log`."""
     words = np.random.Philox(key=np.array([seed, position], dtype=np.uint64)).random_raw((vocab_size + 1) // 2)
     words = words.astype("<u8", copy=False).view("<u4")[:vocab_size]
     # Uniform in (0, 1], fine near 0 because that end makes the winners: -log1p(-u) is an exponential waiting time.
