@@ -135,6 +135,13 @@ class Engine:
         self._count(plan.rows, result.forward_s, result.remote_calls, self._clock() - started)
         return events
 
+    def fail_all(self, error: KVBankError) -> list[EngineEvent]:
+        """End every job with `error`: after a step that raised."""
+        jobs = self.jobs()
+        for seq in jobs:
+            self.scheduler.remove(seq)
+        return [self._failed(seq, error) for seq in jobs]
+
     def run_until_idle(self, *, max_steps: int = 1_000_000) -> list[EngineEvent]:
         """Step until every job ended; for tests and in-process benches."""
         events: list[EngineEvent] = []

@@ -1,0 +1,349 @@
+"""Worker: one member that holds slots, with a model or without, as a gRPC service. Owns its threads and stops them.
+
+    grpc threads   Jobs, Bank: forward into inboxes, or read and write slots whose loan they hold
+    engine         model, scheduler, sequences                         (members with a model)
+    bank-timers    loan timers and renewals        advice   asks control who could lend, four times a second
+    bulk, probe    spans on their way, doubts about peers
+
+Wires parts together and reports; decides nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import grpc
+import torch
+
+from kvbank.errors import KVBankError
+from kvbank.kvstore.borrowing import Banker
+from kvbank.kvstore.debt_book import DebtBook
+from kvbank.kvstore.layout import BlockKey, Boot, Layout
+from kvbank.kvstore.ledger import LoanLedger
+from kvbank.kvstore.messages import Compat
+from kvbank.kvstore.timings import LoanTimings
+from kvbank.kvstore.transport import rpc
+from kvbank.kvstore.transport.links import Links
+from kvbank.kvstore.vault import Arena, LendPool, Vault
+from kvbank.proto import control_pb2 as control_pb
+from kvbank.proto import jobs_pb2 as pb
+from kvbank.workers.assembly import layout_of, numerics_id, root_keys
+from kvbank.workers.attend_server import AttendServer
+from kvbank.workers.bank_service import BankService, LedgerPins, layout_from
+from kvbank.workers.borrower import Borrower, Lender
+from kvbank.workers.config import WorkerConfig
+from kvbank.workers.engine import Engine
+from kvbank.workers.jobs_service import JobsService
+from kvbank.workers.models.config_reader import read_config
+
+log = logging.getLogger(__name__)
+
+ADVICE_S = 0.25
+SERVER_THREADS = 600                         # a Submit stream holds one each; idle ones cost little
+TIMINGS = ("term_s", "renew_s", "fill_s", "borrow_retry_s", "borrow_give_up_s", "put_retry_s", "put_give_up_s",
+           "attend_hedge_s", "attend_lost_s", "recall_urgent_s", "recall_calm_s", "recall_drain_s", "recall_repeat_s")
+
+
+class ControlLine(Protocol):
+    """What a worker asks the control plane; answers may be empty, never late (cluster/heartbeat.py)."""
+
+    @property
+    def members(self) -> Sequence[control_pb.Member]: ...
+
+    def lenders(self, slots: int, slot_bytes: int) -> Sequence[control_pb.Candidate]: ...
+
+    def locate(self, keys: Sequence[bytes]) -> Sequence[control_pb.Holding]: ...
+
+
+def build_worker(config: Mapping[str, Any], line: ControlLine | None) -> Worker:
+    """The part of a model or lender member. Raises ConfigError, ModelError."""
+    return ModelWorker(config, line) if config["kind"] == "model" else Worker(config, line)
+
+
+def worker_config(config: Mapping[str, Any]) -> WorkerConfig:
+    """This member's own settings out of the cluster's."""
+    s = config["settings"]
+    blocks = s["device_blocks"] if config["kind"] == "model" else s["lender_blocks"] or s["device_blocks"]
+    names = ("model", "dtype", "exactness", "device", "block_size", "span_tokens", "prefill_chunk_tokens", "max_batch",
+             "max_queue", "stall_s", "fetch_wait_s", "staging_spans")
+    return WorkerConfig(**{name: s[name] for name in names}, device_blocks=blocks, shards=config.get("shards", s["shards"]),
+                        shard=config.get("shard", 0))
+
+
+def loan_timings(settings: Mapping[str, Any]) -> LoanTimings:
+    return LoanTimings(**{name: settings[name] for name in TIMINGS}, quarantine_s=settings["avoid_s"])
+
+
+def set_threads(settings: Mapping[str, Any]) -> int:
+    """Torch threads of this process: as configured, else the host's cores over its model workers, at least 1."""
+    threads = settings["torch_threads"] or max(1, (os.cpu_count() or 1) // (settings["workers"] * settings["shards"]))
+    torch.set_num_threads(threads)
+    return int(threads)
+
+
+class Worker:
+    """A member that only lends. With a model: ModelWorker."""
+
+    def __init__(self, config: Mapping[str, Any], line: ControlLine | None) -> None:
+        self.id: str = config["id"]
+        self.kind: str = config["kind"]
+        self._config, self._line = config, line
+        self._settings: Mapping[str, Any] = config["settings"]
+        self.boot = Boot(bytes.fromhex(config["boot"]))
+        self.worker_config = worker_config(config)
+        self.timings = loan_timings(self._settings)
+        set_threads(self._settings)
+        self._server = rpc.server(config["token"], threads=SERVER_THREADS)
+        self._links = Links(self.boot, config["token"])
+        self._boots: dict[str, Boot] = {}
+        self._stopping = threading.Event()
+        self.address = ""
+        self._build()
+
+    def _build(self) -> None:
+        """Slots, books and the lender's door."""
+        model = read_config(self.worker_config.model)
+        shards = range(self.worker_config.shards)
+        self.layout: Layout = max((layout_of(model, self.worker_config, shard) for shard in shards), key=lambda l: l.slot_bytes)
+        self.arena = Arena(self.worker_config.num_slots, self.layout.slot_bytes, self.worker_config.device)
+        self.vault = Vault(self.worker_config.num_slots, blocks_per_span=self.layout.blocks_per_span, lend_cap=self.lend_cap(),
+                           on_scrub=self.arena.scrub)
+        self._open_bank(book=None, data=None, on_engine=None)
+
+    def lend_cap(self) -> int:
+        share = self._settings["lend_cap"]
+        if share is None:
+            share = 1.0 if self.kind == "lender" else 0.5
+        return int(share * self.worker_config.num_slots)
+
+    def _open_bank(self, *, book: DebtBook | None, data: Any, on_engine: Callable[[list[Any]], None] | None) -> None:
+        self.ledger = LoanLedger(self.boot, self._compat(), LendPool(self.vault, self.arena), lend_cap=self.vault.lend_cap,
+                                 timings=self.timings)
+        self.banker = Banker(self.id, self.boot, self._compat(), self._links, self.vault.lock, time.monotonic,
+                             ledger=self.ledger, book=book, data=data, on_engine=on_engine)
+        pins = LedgerPins(self.banker, self.ledger, self.vault.lock)
+        self.attend = AttendServer(self.arena, pins, lambda borrower: layout_from(self.banker, borrower))
+        bank = BankService(self.banker, self.arena, self.attend, self.vault.lock)
+        self._server.add_generic_rpc_handlers((bank.handlers(),))
+
+    def _compat(self) -> Compat:
+        layout = self.layout
+        return Compat(
+            model_digest=self._config.get("model_digest", ""), layer_first=layout.layer_first, layer_last=layout.layer_last,
+            kv_heads=layout.kv_heads, head_dim=layout.head_dim, dtype=layout.dtype, block_size=layout.block_size,
+            span_tokens=layout.span_tokens, numerics=numerics_id(self.worker_config), slot_bytes=layout.slot_bytes,
+        )
+
+    # -- cluster.member.Banker --------------------------------------------------------------------------------------------------
+
+    def start(self, address: str) -> str:
+        """Serve on `host:port`. Raises OSError as ConfigError's cause when the port is taken."""
+        host = address.rsplit(":", 1)[0]
+        self._add_handlers()
+        self.address = f"{host}:{rpc.bind(self._server, address)}"
+        self._server.start()
+        self.banker.start()
+        self._start_threads()
+        return self.address
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.banker.stop()
+        self._server.stop(grace=0.2).wait(1.0)
+
+    def identity(self) -> Mapping[str, Any]:
+        return {"numerics": numerics_id(self.worker_config), "slot_bytes": self.arena.slot_bytes,
+                "slots_total": self.vault.num_slots}
+
+    def report(self, full: bool) -> Mapping[str, Any]:
+        with self.vault.lock:
+            counts = self.vault.counts()
+            added, removed = self.vault.index.take_changes()
+            if full:
+                added, removed = self.vault.index.keys(), []
+            lendable = self.ledger.lendable()
+        return {"slots_free": counts.free, "slots_lendable": lendable, "slots_lent": counts.lent,
+                "keys_added": b"".join(added), "keys_removed": b"".join(removed), **self._load()}
+
+    def on_members(self, members: Sequence[control_pb.Member]) -> None:
+        """A member that came back with another boot has lost all it held for us."""
+        for member in members:
+            boot = Boot(member.boot)
+            old = self._boots.get(member.id)
+            if old is not None and old != boot:
+                self.banker.peer_gone(old)
+            self._boots[member.id] = boot
+
+    def _load(self) -> Mapping[str, Any]:
+        return {}
+
+    def _add_handlers(self) -> None:
+        """Jobs.Status, which every member answers."""
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("kvbank.Jobs", {
+            "Status": grpc.unary_unary_rpc_method_handler(
+                lambda _request, _context: self.status(), request_deserializer=pb.StatusRequest.FromString,
+                response_serializer=pb.WorkerStatus.SerializeToString)}),))
+
+    def _start_threads(self) -> None:
+        """Nothing more to run."""
+
+    # -- status -----------------------------------------------------------------------------------------------------------------------
+
+    def status(self) -> pb.WorkerStatus:
+        per_span = self.layout.blocks_per_span
+        with self.vault.lock:
+            counts = self.vault.counts()
+            lent = self.ledger.loans(time.monotonic())
+        status = pb.WorkerStatus(
+            id=self.id, kind=self.kind, replica=self._config.get("replica", 0), shard=self.worker_config.shard,
+            host=socket.gethostname(), pid=os.getpid(), blocks_total=counts.total * per_span, blocks_free=counts.free * per_span,
+            blocks_used=counts.held * per_span, blocks_lent=counts.lent * per_span, counters=self._counters(),
+        )
+        names = {boot: name for name, boot in self._boots.items()}
+        for loan in lent:
+            borrower = names.get(loan.borrower, loan.node)
+            status.loans.add(id=f"{borrower}>{self.id}#{loan.number}", lender=self.id, borrower=borrower,
+                             blocks=loan.slots * per_span, term_s=self.timings.term_s, age_s=loan.age_s)
+        return status
+
+    def _counters(self) -> dict[str, float]:
+        attend = self.attend.counters
+        counters = {"remote_attention_served": attend.calls, "remote_attention_rows": attend.rows,
+                    "attend_bytes_in": attend.bytes_in, "attend_bytes_out": attend.bytes_out, "attend_stale": attend.stale}
+        with self.vault.lock:
+            counters |= {f"ledger_{name}": value for name, value in self.ledger.counters.items()}
+        return {name: float(value) for name, value in counters.items()}
+
+
+class ModelWorker(Worker):
+    """A member that runs a model, borrows, and lends what it can spare."""
+
+    engine: Engine
+
+    def _build(self) -> None:
+        from kvbank.workers.leader import build_leader          # the decoder is imported only where a model runs
+
+        self._lenders: list[Lender] = []
+        self._capacity_slots = 0
+        leader = build_leader(self)
+        self.layout, self.arena, self.vault = leader.parts.layout, leader.parts.arena, leader.vault
+        self.borrower, self.parts, self.remote = leader.borrower, leader.parts, leader.remote
+        self.store = leader.store
+        self._open_bank(book=leader.book, data=leader.borrower, on_engine=leader.borrower.from_banker)
+        self.borrower.connect(self.banker)
+        self.book = leader.book
+        self.engine = leader.engine
+        self.jobs = JobsService(self.engine, self.id, vocab_size=self.parts.model.vocab_size, status=self.status,
+                                clock=time.monotonic)
+
+    def root_of(self, layout: Layout) -> Callable[[str], BlockKey]:
+        secret = bytes.fromhex(self._config["cache_secret"])
+        return root_keys(secret, self._config.get("model_digest", ""), layout, self.worker_config)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self._settings
+
+    @property
+    def cache_secret(self) -> bytes:
+        return bytes.fromhex(self._config["cache_secret"])
+
+    def lenders(self) -> list[Lender]:
+        """By the latest advice; never waits."""
+        return self._lenders
+
+    def locate(self, keys: Sequence[BlockKey]) -> list[tuple[Lender, list[BlockKey]]]:
+        """Who holds which of these keys; asks control."""
+        if self._line is None:
+            return []
+        members = {member.id: member for member in self._line.members}
+        found = []
+        for holding in self._line.locate(keys):
+            member = members.get(holding.id)
+            if member is not None and member.slot_bytes >= self.layout.slot_bytes:
+                lender = Lender(member.id, Boot(member.boot), member.address, 0)
+                found.append((lender, list(keys[holding.first : holding.first + holding.count])))
+        return found
+
+    def capacity_tokens(self) -> int:
+        """KV tokens that this worker could have at once: own slots, neighbours' to lend, and the host tier."""
+        own = self.vault.num_slots
+        share = self._settings["lend_cap"]
+        lent = 0
+        for member in self._line.members if self._line is not None else ():
+            if member.id != self.id and member.slot_bytes >= self.layout.slot_bytes:
+                default = 1.0 if member.kind == "lender" else 0.5
+                lent += int(member.slots_total * (default if share is None else share))
+        parked = self._settings["host_bytes"] // (self.layout.slot_bytes + 8192)
+        return int(own + lent + parked) * self.layout.span_tokens
+
+    def stop(self) -> None:
+        super().stop()
+        self.engine.wake.set()
+        if self.store is not None:
+            self.store.close()
+
+    def _add_handlers(self) -> None:
+        self._server.add_generic_rpc_handlers((self.jobs.handlers(),))
+
+    def _start_threads(self) -> None:
+        threading.Thread(target=self._run_engine, name="engine", daemon=True).start()
+        if self._line is not None:
+            threading.Thread(target=self._run_advice, name="advice", daemon=True).start()
+
+    def _run_engine(self) -> None:
+        set_threads(self._settings)                            # OpenMP counts threads per calling thread
+        engine = self.engine
+        while not self._stopping.is_set():
+            steps = engine.counters.steps
+            try:
+                events = engine.step()
+            except Exception:                                  # a bug must cost its jobs, never the worker
+                log.exception("engine_step_failed")
+                events = engine.fail_all(KVBankError("the worker met an internal error; retry the job"))
+            if events:
+                self.jobs.deliver(events)
+            elif engine.counters.steps == steps:
+                engine.wake.wait(0.01 if engine.busy else 0.5)
+
+    def _run_advice(self) -> None:
+        assert self._line is not None
+        while not self._stopping.wait(ADVICE_S):
+            candidates = self._line.lenders(self.vault.num_slots, self.layout.slot_bytes)
+            self._lenders = [Lender(c.id, Boot(c.boot), c.address, c.slots_lendable) for c in candidates]
+
+    def _load(self) -> Mapping[str, Any]:
+        scheduler = self.engine.scheduler
+        running, waiting = list(scheduler.running), list(scheduler.waiting)
+        pending = sum(len(seq.table.holes) for seq in [*running, *waiting])
+        return {"slots_borrowed": self.borrower.num_borrowed, "jobs_running": len(running), "jobs_waiting": len(waiting),
+                "tokens_pending": pending}
+
+    def status(self) -> pb.WorkerStatus:
+        status = super().status()
+        status.blocks_borrowed = self.borrower.num_borrowed * self.layout.blocks_per_span
+        for seq in self.engine.jobs():
+            status.jobs.add(id=seq.job.id.split("#")[0], state=seq.state, prompt_tokens=seq.num_prompt,
+                            output_tokens=seq.num_output, computed=seq.prompt_computed, waits_for=seq.waits_for)
+        if self.store is not None:
+            for tier in self.store.status():
+                status.tiers.add(name=tier.name, bytes_used=tier.bytes_used, bytes_limit=tier.bytes_limit, frames=tier.frames,
+                                 state=tier.state, counters=tier.counters)
+        return status
+
+    def _counters(self) -> dict[str, float]:
+        counters = super()._counters()
+        engine = self.engine.counters
+        counters |= {"steps": engine.steps, "forward_rows": engine.forward_rows, "forward_s": engine.forward_s,
+                     "step_s": engine.step_s, "remote_attention_calls": self.remote.calls,
+                     "attend_bytes_sent": self.remote.bytes_sent, "attend_bytes_received": self.remote.bytes_received,
+                     "preemptions": self.engine.room.preemptions}
+        with self.vault.lock:
+            counters |= {f"book_{name}": float(value) for name, value in self.book.counters.items()}
+        return counters
