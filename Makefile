@@ -41,7 +41,7 @@ test-all: $(DEV)
 	$(RUN) -m pytest $(ARGS)
 
 lint: $(DEV)
-	$(PY) -m ruff check
+	$(PY) -m ruff check --output-format concise
 	$(PY) -m mypy -p kvbank
 
 bench: $(DEV)

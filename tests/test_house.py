@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +31,7 @@ NOT_IN_CORES = {"time", "random", "asyncio", "threading", "os", "uuid", "torch",
 HTTP = {"fastapi", "starlette", "uvicorn", "httpx", "requests", "aiohttp"}
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 RUNS_WHAT_IT_READS = {"eval", "exec", "torch.load", "torch.save", "yaml.unsafe_load", "numpy.load", "np.load"}
+IMPORT_NAMES = {"grpcio": "grpc", "protobuf": "google", "pyyaml": "yaml", "grpcio-tools": "grpc_tools"}
 DRAWERS = {"utils", "util", "common", "helpers", "helper", "base", "manager", "types", "misc"}
 
 SOURCES = sorted(
@@ -199,6 +202,18 @@ def test_the_five_folders_are_linked_into_the_package_and_have_no_init() -> None
 
 def test_no_file_is_a_drawer() -> None:
     assert [path for path in SOURCES if Path(path).stem in DRAWERS] == []
+
+
+def test_every_import_from_outside_is_a_declared_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["embedded"], "grpcio-tools"]
+    names = [re.split(r"[<>=; ]", line)[0] for line in declared]
+    known = {IMPORT_NAMES.get(name, name) for name in names} | sys.stdlib_module_names | {"kvbank", "__future__"}
+    outside = {
+        (name.split(".")[0], path) for path in SOURCES
+        for name in imported(ast.parse((ROOT / path).read_text(encoding="utf-8"))) if name.split(".")[0] not in known
+    }
+    assert not outside, "add it to pyproject.toml and constraints.txt, or do without"
 
 
 def test_every_source_begins_with_a_docstring() -> None:
