@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import sysconfig
+import threading
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from kvbank.cluster.values import MASK, parse, shown
 from kvbank.errors import ConfigError
 
 ENV_PREFIX = "KVBANK__"
+_ENVIRONMENT = threading.Lock()      # of the process: changed by one at a time
 MARKER = "KVBANK_CLUSTER"            # in the environment of every process a cluster starts; the guardian looks for it
 MIN_SPANS = 3                        # one being written, one being read, one on its way
 MAX_FILE_BYTES = 1 << 20
@@ -414,19 +416,25 @@ def child_env(marker: str, threads: int) -> dict[str, str]:
 
 
 @contextmanager
-def ray_environment(marker: str) -> Iterator[None]:
-    """For the time of `ray.init`: what Ray reads from the environment of the process that starts it."""
-    wanted = {MARKER: marker, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, text in before.items():
-            if text is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = text
+def marked_environment(marker: str | None) -> Iterator[None]:
+    """For the time that a library starts processes of its own (Ray, a private Redis): they inherit the marker.
+
+    Also what Ray reads from the environment of whoever starts or joins it. One at a time: there is one environment.
+    """
+    wanted = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    if marker is not None:
+        wanted[MARKER] = marker
+    with _ENVIRONMENT:
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            yield
+        finally:
+            for name, text in before.items():
+                if text is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = text
 
 
 def threads_per_worker(settings: Settings) -> int:

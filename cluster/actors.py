@@ -1,0 +1,174 @@
+"""Ray's side of the house: one actor per member, and the launcher that starts them. All of Ray is behind this file.
+
+Ray places, starts and stops actors. No tensor, prompt or token ever rides a Ray call: the actors' methods are start,
+address, pid, stop, and one that never returns, by whose failure the launcher learns of a death without asking.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from kvbank.cluster.config import child_variables, marked_environment
+from kvbank.cluster.member import Build, Member, build_part, started
+from kvbank.cluster.processes import tail
+from kvbank.errors import ConfigError, KVBankError, Unavailable, from_code
+
+OBJECT_STORE_BYTES = 80 << 20        # about Ray's minimum: nothing of ours travels through it
+START_RAY_S = 60.0
+
+
+class MemberActor:
+    """One member inside a Ray actor. It forwards; a line that deserves a test belongs in member.py."""
+
+    def __init__(self, config: Mapping[str, Any], build: Build = build_part) -> None:
+        if os.path.isdir(os.path.dirname(config["log"])):        # not so on another machine: there Ray keeps the log
+            output = os.open(config["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
+        self._member = Member(config, build=build)
+
+    def start(self) -> dict[str, Any]:
+        """`{"address", "pid"}` once it serves, else `{"error", "message"}`."""
+        return started(self._member)
+
+    def address(self) -> str:
+        return self._member.address
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def stop(self) -> None:
+        self._member.stop()
+
+    def live(self) -> None:
+        """Never returns: the call fails when this actor's process ends."""
+        threading.Event().wait()
+
+
+class RayLauncher:
+    """Starts members as Ray actors, on a Ray of its own or on one that it joins. All methods from any thread.
+
+    A Ray that it started ends with `close`. Of one that it joined, only the actors it made are removed.
+    """
+
+    def __init__(
+        self, marker: str, folder: Path, logs: Path, *, address: str | None = None,
+        actor: type[MemberActor] = MemberActor,
+    ) -> None:
+        """`address`: join this Ray; None: the one this process is connected to, else a new one in `folder`."""
+        self._marker = marker
+        self._logs = logs
+        self._actor = actor
+        self._lock = threading.Lock()
+        self._actors: dict[str, Any] = {}                        # handles
+        self._lives: dict[str, Any] = {}
+        self._pids: dict[str, int] = {}
+        self._stopping = False
+        self._connected = not ray.is_initialized()               # by us, so we disconnect
+        self.owns_ray = self._connected and address is None
+        if not self._connected:
+            return
+        quiet: dict[str, Any] = {"namespace": marker, "log_to_driver": False, "logging_level": logging.ERROR}
+        with marked_environment(marker if self.owns_ray else None):
+            if self.owns_ray:
+                ray.init(address="local", include_dashboard=False, _temp_dir=str(folder),
+                         object_store_memory=OBJECT_STORE_BYTES, **quiet)
+                return
+            try:
+                ray.init(address=address, **quiet)
+            except (ConnectionError, ValueError, RayError) as error:
+                raise ConfigError(f"cluster.ray_address {address}: no Ray to join there ({error})") from error
+
+    @property
+    def processes(self) -> dict[str, int]:
+        """Process id by member id, of those that run."""
+        ended = self.dead()
+        with self._lock:
+            return {name: pid for name, pid in self._pids.items() if name in self._actors and name not in ended}
+
+    def start(self, config: Mapping[str, Any], *, threads: int = 1, within_s: float = 60.0) -> str:
+        """Start one member and wait until it serves; its address. Raises its own typed error, or Unavailable."""
+        name, give_up = str(config["id"]), time.monotonic() + within_s
+        log_path = self._logs / f"{name}.log"
+        with self._lock:
+            if self._stopping:
+                raise Unavailable("the cluster is stopping")
+            remote: Any = ray.remote(self._actor)
+            made = remote.options(                               # num_cpus 0: any number of members on any machine
+                name=name, namespace=self._marker, num_cpus=0, max_restarts=0, max_concurrency=8,
+                runtime_env={"env_vars": child_variables(self._marker, threads)},
+            ).remote({**config, "log": str(log_path)})
+            self._actors[name] = made
+        try:
+            pid = _answer(made.pid.remote(), give_up)
+            answer = _answer(made.start.remote(), give_up)
+            with self._lock:
+                self._pids[name] = pid
+                self._lives[name] = made.live.remote()
+        except GetTimeoutError:
+            answer = {"error": KVBankError.code, "message": f"it was not ready within {within_s:.0f} s"}
+        except RayError as error:
+            answer = {"error": KVBankError.code, "message": f"its actor died: {str(error).splitlines()[0]}"}
+        if "address" in answer:
+            return str(answer["address"])
+        self.stop([name], grace_s=0.0)
+        if answer["error"] != KVBankError.code:
+            raise from_code(answer["error"], answer["message"])
+        raise Unavailable(f"{name} could not start: {answer['message']}; the end of its output:\n{tail(log_path)}")
+
+    def dead(self) -> list[str]:
+        """Ids of members whose actor has ended."""
+        with self._lock:
+            lives: dict[Any, str] = {life: name for name, life in self._lives.items() if name in self._actors}
+        if not lives:
+            return []
+        ended, _ = ray.wait(list(lives), num_returns=len(lives), timeout=0)
+        return [lives[life] for life in ended]
+
+    def stop(self, ids: Sequence[str], *, grace_s: float) -> None:
+        """Ask them all to stop, wait at most `grace_s`, then end the actors' processes."""
+        with self._lock:
+            actors = {name: self._actors.pop(name) for name in ids if name in self._actors}
+            for name in actors:
+                self._lives.pop(name, None)
+        if actors and grace_s > 0:
+            with contextlib.suppress(RayError):
+                goodbyes = [actor.stop.remote() for actor in actors.values()]
+                ray.wait(goodbyes, num_returns=len(goodbyes), timeout=grace_s)
+        for actor in actors.values():
+            with contextlib.suppress(RayError):
+                ray.kill(actor, no_restart=True)
+
+    def close(self, *, grace_s: float = 0.0) -> bool:
+        """Stop everybody, then end our Ray or leave the one we joined. False when ours stays until this process ends,
+        because another cluster of this process uses it."""
+        with self._lock:
+            self._stopping = True
+            ids = list(self._actors)
+        self.stop(ids, grace_s=grace_s)
+        if not self._connected or not ray.is_initialized():
+            return True
+        if self.owns_ray and self._others():
+            return False
+        ray.shutdown()
+        return True
+
+    def _others(self) -> bool:
+        """Whether actors of another cluster live on our Ray."""
+        named: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+        return any(n["namespace"].startswith("kvbank-") and n["namespace"] != self._marker for n in named)
+
+
+def _answer(call: Any, give_up: float) -> Any:
+    return ray.get(call, timeout=max(0.1, give_up - time.monotonic()))

@@ -1,0 +1,392 @@
+"""LocalCluster: a whole cluster on this machine, owned by this process. It starts it, keeps it up, and leaves nothing.
+
+    guardian        first to start and last to end; sweeps everything when this process ends in whatever way
+      redis         when settings say "embedded"
+      control       the members' meeting point; a restart of it comes back at the same address
+      worker-R[.S]  model workers, one per shard of each replica       lender-N   members that only lend
+      gateway       the HTTP front door: `LocalCluster.address`
+
+All is checked before anything is started: settings at construction, the world (model files, port, Redis) in `start`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import queue
+import secrets
+import socket
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Final, Protocol
+
+from kvbank.cluster.config import Settings, load, marked_environment, state_dir, threads_per_worker
+from kvbank.cluster.guardian import Guardian
+from kvbank.cluster.processes import MEMBER_PROGRAM, ProcessLauncher
+from kvbank.errors import ConfigError, KVBankError, ModelError, Unavailable
+from kvbank.kvstore.hashing import load_secret, model_digest
+from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis
+from kvbank.kvstore.tiers.redis_tier import probe
+from kvbank.workers.models.config_reader import read_config
+
+log = logging.getLogger(__name__)
+
+RESTARTS, RESTARTS_WITHIN_S = 5, 60.0            # a member that dies more often than this has a reason that stays
+RETRY_S = 1.0                                    # after a restart that failed
+LOOK_S = 0.25                                    # between two looks for dead members
+SHORT_PATH = 40                                  # Ray puts unix sockets below the temp folder; their paths are bounded
+
+
+class Launcher(Protocol):
+    """Starts and ends members, whatever they run in. Every method may be called from any thread."""
+
+    @property
+    def processes(self) -> dict[str, int]:
+        """Process id by member id, of those that run."""
+        ...
+
+    def start(self, config: Mapping[str, Any], *, threads: int = 1, within_s: float = 60.0) -> str:
+        """Start one member, wait until it serves, return its address. Raises its own typed error, or Unavailable."""
+        ...
+
+    def dead(self) -> list[str]:
+        """Ids of members whose process has ended without being asked to."""
+        ...
+
+    def stop(self, ids: Sequence[str], *, grace_s: float) -> None:
+        """Ask, wait at most `grace_s`, then kill."""
+        ...
+
+    def close(self, *, grace_s: float = 0.0) -> bool:
+        """Stop everybody and everything of one's own. False when something is left for the end of this process."""
+        ...
+
+
+class _Unset:
+    """A keyword that was not given: the config file, the environment or the default decides."""
+
+    def __repr__(self) -> str:
+        return "default"
+
+
+UNSET: Final[Any] = _Unset()
+
+
+class LocalCluster:
+    """A cluster on this machine. A context manager; `address` is where clients connect.
+
+    Keywords not given come from `config` (a mapping, or the path of a YAML or TOML file), then from the environment
+    (`KVBANK__SECTION__KEY`), then from the defaults: workers=2, shards=1, lenders=0, device_blocks=512, block_size=16,
+    host_bytes="256MiB", redis="embedded" (or a URL, or None), dtype="float32", launcher="ray" (or "process"). Any other
+    setting may be given by its name, too. `progress` hears one line per step of the start.
+
+    Raises ConfigError or ModelError before anything is started; whatever `start` raises, nothing is left running.
+    """
+
+    member_program: ClassVar[Sequence[str]] = MEMBER_PROGRAM     # seams for tests: what a member runs
+    member_actor: ClassVar[Any] = None
+
+    def __init__(
+        self, model: Any = UNSET, *, workers: int = UNSET, shards: int = UNSET, lenders: int = UNSET,
+        device_blocks: int = UNSET, block_size: int = UNSET, host_bytes: int | str = UNSET, redis: str | None = UNSET,
+        dtype: str = UNSET, launcher: str = UNSET, config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        progress: Callable[[str], None] | None = None, **settings: Any,
+    ) -> None:
+        given = {
+            "model": model, "workers": workers, "shards": shards, "lenders": lenders, "device_blocks": device_blocks,
+            "block_size": block_size, "host_bytes": host_bytes, "redis": redis, "dtype": dtype, "launcher": launcher,
+            **settings,
+        }
+        overrides = {name: value for name, value in given.items() if value is not UNSET}
+        self.settings: Settings = load(config, overrides=overrides)
+        self._model = _check_model(self.settings)
+        self._progress = progress or (lambda line: None)
+        self._lock = threading.Lock()                            # one start, one stop
+        self._stopping = threading.Event()
+        self._hurry = threading.Event()
+        self._guardian: Guardian | None = None
+        self._launcher: Launcher | None = None
+        self._redis: EmbeddedRedis | None = None
+        self._configs: dict[str, dict[str, Any]] = {}
+        self._folder = Path()
+        self._address = ""
+        self.token = secrets.token_hex(16)
+        self.control_address = ""
+
+    def __repr__(self) -> str:
+        return f"LocalCluster({self._address or 'not started'})"
+
+    def __enter__(self) -> LocalCluster:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def address(self) -> str:
+        """`http://host:port` of the gateway. Raises Unavailable when the cluster is not running."""
+        if not self._address:
+            raise Unavailable("the cluster is not running: call start(), or use it in a with statement")
+        return self._address
+
+    @property
+    def processes(self) -> dict[str, int]:
+        """Process id by member id ("control", "gateway", "worker-0", "lender-1", "redis"), of those that run."""
+        found = dict(self._launcher.processes) if self._launcher is not None else {}
+        if self._redis is not None and self._redis.running and self._redis.pid is not None:
+            found["redis"] = self._redis.pid
+        return found
+
+    def start(self) -> LocalCluster:
+        """Start everything and wait until it serves. Raises a typed error and leaves nothing when it cannot."""
+        with self._lock:
+            if self._guardian is not None:
+                raise ConfigError("this cluster was started before; make a new LocalCluster")
+            self._stopping.clear()
+            self._hurry.clear()
+            atexit.register(self.stop)
+            try:
+                self._start()
+            except BaseException:
+                self._stop_shielded()
+                raise
+        return self
+
+    def stop(self) -> None:
+        """Stop everything, killing what does not stop by itself within `stop_grace_s`. Safe to repeat, and to
+        interrupt: a second Ctrl-C only makes it faster."""
+        with self._lock:
+            if self._guardian is not None and not self._stopping.is_set():
+                self._stop_shielded()
+
+    # -- start ---------------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        cluster, tiers, http = self.settings.cluster, self.settings.tiers, self.settings.http
+        give_up = time.monotonic() + cluster.start_timeout_s
+        if http.port:
+            _check_port(http.host, http.port)
+        if tiers.redis not in (None, "embedded"):
+            probe(str(tiers.redis))
+        state = state_dir(self.settings)
+        secret = tiers.cache_secret or load_secret(state).hex()
+        self._progress("checking the model's files")
+        digest = model_digest(self._model.folder, self._model.identity, state_folder=state)
+
+        marker = f"kvbank-{secrets.token_hex(6)}"
+        self._folder = _temp_folder() / marker
+        self._guardian = Guardian(marker, str(self._folder))     # before there is anything to guard
+        self._folder.mkdir(mode=0o700)
+        logs = Path(cluster.log_dir) if cluster.log_dir else self._folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        if tiers.redis == "embedded":
+            with marked_environment(marker):
+                self._redis = EmbeddedRedis(tiers.redis_bytes, run_folder=self._folder)
+            self._guardian.watch(self._redis.pid or 0)
+            self._progress("redis is ready")
+        self._launcher = self._make_launcher(marker, logs)
+
+        settings = self.settings.flat() | ({"redis": self._redis.url} if self._redis is not None else {})
+        common = {"token": self.token, "settings": settings, "cache_secret": secret, "model_digest": digest,
+                  "bind": f"{cluster.bind_host}:0", "folder": str(self._folder), "shards": cluster.shards}
+        self.control_address = self._launch({**common, "kind": "control", "id": "control"}, give_up)
+        self._configs["control"]["bind"] = self.control_address  # a restarted one must be found by its members
+        common["control"] = self.control_address
+        self._launch_all([*self._workers(common), *self._lenders(common)], give_up)
+        self._address = self._launch({**common, "kind": "gateway", "id": "gateway"}, give_up)
+        port = int(self._address.rpartition(":")[2])
+        self._configs["gateway"]["settings"] = {**settings, "port": port}
+        if cluster.restart:
+            threading.Thread(target=self._keep_up, name="keep-up", daemon=True).start()
+
+    def _make_launcher(self, marker: str, logs: Path) -> Launcher:
+        assert self._guardian is not None
+        if self.settings.cluster.launcher == "process":
+            return ProcessLauncher(marker, logs, program=self.member_program, watch=self._guardian.watch)
+        try:
+            from kvbank.cluster.actors import MemberActor, RayLauncher
+        except ImportError as error:
+            raise ConfigError(f"launcher='ray' needs Ray ({error}): install it, or use launcher='process'") from error
+        self._progress("starting Ray")
+        return RayLauncher(marker, self._folder / "ray", logs, address=self.settings.cluster.ray_address,
+                           actor=self.member_actor or MemberActor)
+
+    def _workers(self, common: Mapping[str, Any]) -> list[dict[str, Any]]:
+        cluster = self.settings.cluster
+        return [
+            {**common, "kind": "model", "id": f"worker-{replica}" + (f".{shard}" if shard else ""),
+             "replica": replica, "shard": shard}
+            for replica in range(cluster.workers) for shard in range(cluster.shards)
+        ]
+
+    def _lenders(self, common: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return [{**common, "kind": "lender", "id": f"lender-{number}", "shards": 1}
+                for number in range(self.settings.cluster.lenders)]
+
+    def _launch(self, config: dict[str, Any], give_up: float) -> str:
+        assert self._launcher is not None
+        self._configs[config["id"]] = config
+        threads = threads_per_worker(self.settings) if config["kind"] == "model" else 1
+        address = self._launcher.start(config, threads=threads, within_s=max(0.1, give_up - time.monotonic()))
+        self._progress(f"{config['id']} is ready")
+        return address
+
+    def _launch_all(self, configs: Sequence[dict[str, Any]], give_up: float) -> None:
+        """Launch side by side; the first error ends the wait, and the clean-up that follows ends the others."""
+        outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def launch(config: dict[str, Any]) -> None:
+            try:
+                self._launch(config, give_up)
+                outcomes.put(None)
+            except BaseException as error:
+                outcomes.put(error)
+
+        for config in configs:
+            threading.Thread(target=launch, args=(config,), name=f"start-{config['id']}", daemon=True).start()
+        for _ in configs:
+            if (error := outcomes.get()) is not None:
+                raise error
+
+    # -- while it runs -------------------------------------------------------------------------------------------------
+
+    def _keep_up(self) -> None:
+        """Start dead members again, under the same id, in the same place; give up on one that keeps dying."""
+        assert self._launcher is not None
+        deaths: dict[str, deque[float]] = {}
+        while not self._stopping.wait(LOOK_S):
+            if self._redis is not None and not self._redis.running and self._may_restart("redis", deaths):
+                with contextlib.suppress(ConfigError):
+                    self._redis.start()
+                    if self._guardian is not None:
+                        self._guardian.watch(self._redis.pid or 0)
+            for name in self._launcher.dead():
+                log.warning("member_died id=%s", name)
+                self._launcher.stop([name], grace_s=0.0)         # whatever it left of its process group
+                again = threading.Thread(target=self._restart, args=(name, deaths), name=f"restart-{name}", daemon=True)
+                again.start()
+
+    def _may_restart(self, name: str, deaths: dict[str, deque[float]]) -> bool:
+        recent, now = deaths.setdefault(name, deque(maxlen=RESTARTS + 1)), time.monotonic()
+        recent.append(now)
+        return len(recent) <= RESTARTS or now - recent[0] > RESTARTS_WITHIN_S
+
+    def _restart(self, name: str, deaths: dict[str, deque[float]]) -> None:
+        """Until it serves again, the cluster stops, or it died too often."""
+        while self._may_restart(name, deaths):
+            try:
+                self._launch(self._configs[name], time.monotonic() + self.settings.cluster.start_timeout_s)
+                log.info("member_restarted id=%s", name)
+                return
+            except KVBankError as error:
+                if self._stopping.wait(RETRY_S):
+                    return
+                log.error("member_not_restarted id=%s error=%r", name, str(error))
+        log.error("member_given_up id=%s deaths=%d within_s=%.0f", name, RESTARTS, RESTARTS_WITHIN_S)
+
+    # -- stop ----------------------------------------------------------------------------------------------------------
+
+    def _stop_shielded(self) -> None:
+        """Run the clean-up on a thread of its own, which no KeyboardInterrupt reaches; interrupts make it hurry."""
+        self._stopping.set()
+        done, interrupted = _on_its_own_thread(self._clean_up), False
+        while not done.is_set():
+            try:
+                done.wait()
+            except KeyboardInterrupt:
+                interrupted = True
+                self._hurry.set()
+        atexit.unregister(self.stop)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def _clean_up(self) -> None:
+        self._address, all_gone = "", True
+        try:
+            all_gone = self._clean_up_politely()
+        finally:
+            if self._guardian is not None and all_gone:
+                self._guardian.close()
+            elif self._guardian is not None:                     # our Ray serves another cluster of this process
+                atexit.register(self._guardian.close)
+
+    def _clean_up_politely(self) -> bool:
+        """Ask everybody to stop, then end them. False when something of ours has to stay until this process ends."""
+        launcher, grace_s, all_gone = self._launcher, self.settings.cluster.stop_grace_s, True
+        if launcher is not None:
+            # The gateway first, so that streams end with a typed error instead of a broken connection.
+            for ids in (["gateway"], [name for name in self._configs if name not in ("gateway", "control")]):
+                ends = time.monotonic() + grace_s
+                done = _on_its_own_thread(partial(launcher.stop, ids, grace_s=grace_s))
+                while not done.wait(0.05) and not self._hurry.is_set():
+                    pass                                         # hurried: what still runs is left to the guardian
+                grace_s = max(0.5, ends - time.monotonic())
+            all_gone = launcher.close(grace_s=0.0 if self._hurry.is_set() else 0.5)
+        if self._redis is not None:
+            self._redis.stop(within_s=0.5)
+        return all_gone
+
+
+def _on_its_own_thread(work: Callable[[], object]) -> threading.Event:
+    """Run `work` where no KeyboardInterrupt reaches it; the event says when it has ended, well or not."""
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            work()
+        finally:
+            done.set()
+
+    try:
+        threading.Thread(target=run, name=getattr(work, "__name__", "work"), daemon=True).start()
+    except RuntimeError:                                         # the interpreter is ending and starts no more threads
+        run()
+    return done
+
+
+class _Model:
+    """The model folder, read and found good."""
+
+    def __init__(self, folder: str, identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.identity = identity
+
+
+def _check_model(settings: Settings) -> _Model:
+    """Raises ConfigError or ModelError when no worker could load it."""
+    folder = settings.engine.model
+    if folder is None:
+        raise ConfigError("engine.model is not set: give the path of a model folder in Hugging Face format")
+    config = read_config(folder)
+    if settings.cluster.shards > config.num_layers:
+        raise ConfigError(f"cluster.shards {settings.cluster.shards} is more than the model's {config.num_layers} "
+                          "layers")
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ModelError(f"{folder} holds no *.safetensors file: there are no weights to load")
+    return _Model(folder, config.identity())
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe_socket:
+        probe_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe_socket.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"http.port {port} on {host} cannot be had ({error.strerror}): is another program "
+                              "listening there? Choose another port, or 0 for any") from error
+
+
+def _temp_folder() -> Path:
+    usual = Path(tempfile.gettempdir())
+    return usual if len(str(usual)) <= SHORT_PATH else Path("/tmp")
