@@ -1,0 +1,205 @@
+"""RedisBudget: our bytes in one Redis stay within one cap, whoever of the cluster writes them, also after restarts.
+
+The server may be somebody's own and hold other data, so its `maxmemory` is not ours to set, and several workers write.
+The account therefore lives in that Redis, as one sorted set:
+
+    kvb:index    ""                     total bytes charged (0 ..)
+                 size ‖ physical key    in flight: ms since 1970          charged before its SET is sent
+                 size ‖ physical key    settled:   ms since 1970 − 2^50   SET was acknowledged; the lowest is the oldest
+
+Every change is one transaction (WATCH, MULTI, EXEC), so the total is the sum of the members at every instant; a value
+is charged before it is written and deleted together with its charge, so the sum is never less than what is there. A
+crash in between, an expired frame or one that the server evicted leaves it too high until `sweep`. An index that is
+gone (FLUSHALL, evicted by the server) is rebuilt from the keys themselves before anything is written.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+
+from kvbank.kvstore.tiers.redis_wire import Command, RedisLost, RedisRefused, Reply
+
+PREFIX = b"kvb:"
+INDEX = b"kvb:index"
+ENTRY_OVERHEAD = 256                           # charged beside a value: its key, its entry here, the server's books
+_TOTAL = b""
+_SETTLED = 2**50
+_FORGOTTEN_MS = 60_000                         # a writer that has not settled by then is dead
+_SIZE = struct.Struct(">Q")
+_TRIES = 8
+
+Ask = Callable[[Sequence[Command]], list[Reply]]
+
+
+class RedisBudget:
+    """One writer's view of the shared account.
+
+    `ask` does one pipelined exchange, always on the same connection within a call; it raises when Redis is not there.
+    Methods raise RedisRefused when the server answers with an error, or others kept changing the index (CONTENDED).
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.total = 0                         # as last heard
+        self.entries = 0                       # as of the last sweep
+        self.released = 0                      # frames this writer deleted to make room
+
+    def reserve(self, ask: Ask, sizes: dict[bytes, int], *, now_ms: int) -> bool:
+        """Charge values of these sizes to physical keys, and delete the oldest until the total is within the cap.
+
+        After True they may be written. False, and nothing charged, when they exceed the cap by themselves, or what is
+        in flight leaves no room for them.
+        """
+        members = [_member(key, size) for key, size in sizes.items()]
+        if sum(map(_charge, members)) > self.limit_bytes:
+            return False
+        (score,) = ask([("ZSCORE", INDEX, _TOTAL)])
+        if score is None:
+            self._rebuild(ask, now_ms=now_ms)
+        mine = self._enter(ask, members, now_ms)
+        while self.total > self.limit_bytes:
+            if not self._drop_oldest(ask, now_ms=now_ms):
+                self._leave(ask, mine)
+                return False
+        return True
+
+    def settle_commands(self, sizes: dict[bytes, int], *, now_ms: int) -> list[Command]:
+        """To send right behind the SETs, or some time after a read: these keys are there and recent."""
+        return [("ZADD", INDEX, "XX", now_ms - _SETTLED, _member(key, size)) for key, size in sizes.items()]
+
+    def refund(self, ask: Ask, sizes: dict[bytes, int]) -> None:
+        """These were reserved and are not there: the SET was refused."""
+        self._leave(ask, [_member(key, size) for key, size in sizes.items()])
+
+    def sweep(self, ask: Ask, *, now_ms: int, count: int = 64) -> None:
+        """Look at the oldest entries and stop charging for those that expired or that the server evicted."""
+        entries, score, oldest = ask([("ZCARD", INDEX), ("ZSCORE", INDEX, _TOTAL),
+                                      ("ZRANGE", INDEX, 0, count - 1, "WITHSCORES")])
+        self.entries = max(0, entries - 1) if isinstance(entries, int) else 0
+        self.total = 0 if score is None else int(float(_bytes(score)))
+        old = _evictable(oldest, now_ms)
+        there = ask([("EXISTS", _key(member)) for member in old])
+        gone = [member for member, found in zip(old, there, strict=True) if found == 0]
+        if not gone:
+            return
+
+        def still_gone(replies: list[Reply]) -> list[Command]:      # one may just be coming back
+            again, rows = replies[:-1], _evictable(replies[-1], now_ms)
+            return _removal([member for member, found in zip(gone, again, strict=True)
+                             if found == 0 and member in rows])
+        self._change(ask, [*(("EXISTS", _key(member)) for member in gone),
+                           ("ZRANGE", INDEX, 0, count - 1, "WITHSCORES")], still_gone)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _rebuild(self, ask: Ask, *, now_ms: int) -> None:
+        """Charge what lies there already: the index was lost and its frames were not."""
+        cursor = b"0"
+        while True:
+            (page,) = ask([("SCAN", cursor, "MATCH", PREFIX + b"*", "COUNT", 1000)])
+            at, found = _list(page)
+            cursor = _bytes(at)
+            keys = [key for key in map(_bytes, _list(found)) if key != INDEX]
+            lengths = ask([("STRLEN", key) for key in keys])
+            self._enter(ask, [_member(key, length) for key, length in zip(keys, lengths, strict=True)
+                              if isinstance(length, int)], now_ms - _SETTLED)
+            if cursor == b"0":
+                return
+
+    def _enter(self, ask: Ask, members: list[bytes], score: int) -> list[bytes]:
+        """Put members into the index and charge those that were not in it; these are returned.
+
+        One that was in it is charged already: it expired and comes back, or somebody else is writing it as well.
+        """
+        new: list[bytes] = []
+
+        def charge(scores: list[Reply]) -> list[Command]:
+            new[:] = [member for member, known in zip(members, scores, strict=True) if known is None]
+            return [*(("ZADD", INDEX, score, member) for member in members),
+                    ("ZINCRBY", INDEX, sum(map(_charge, new)), _TOTAL)]
+        self._change(ask, [("ZSCORE", INDEX, member) for member in members], charge)
+        return new
+
+    def _leave(self, ask: Ask, members: list[bytes]) -> None:
+        def removal(scores: list[Reply]) -> list[Command]:
+            return _removal([member for member, known in zip(members, scores, strict=True) if known is not None])
+        self._change(ask, [("ZSCORE", INDEX, member) for member in members], removal)
+
+    def _drop_oldest(self, ask: Ask, *, now_ms: int) -> bool:
+        """Delete the oldest frames until the total fits, at most 16 at a time; False when none may go."""
+        chosen: list[bytes] = []
+
+        def choose(replies: list[Reply]) -> list[Command]:
+            chosen.clear()
+            over = int(float(_bytes(replies[0]))) - self.limit_bytes
+            for member in _evictable(replies[1], now_ms):
+                if sum(map(_charge, chosen)) < over:
+                    chosen.append(member)
+            return [("DEL", *map(_key, chosen)), *_removal(chosen)] if chosen else []
+        self._change(ask, [("ZSCORE", INDEX, _TOTAL), ("ZRANGE", INDEX, 0, 15, "WITHSCORES")], choose)
+        self.released += len(chosen)
+        return bool(chosen)
+
+    def _change(self, ask: Ask, read: list[Command], decide: Callable[[list[Reply]], list[Command]]) -> None:
+        """Read, decide, and apply in one transaction that happens only if nobody changed the index in between.
+
+        The last command decided is the ZINCRBY of the total.
+        """
+        for _ in range(_TRIES):
+            _, *replies = ask([("WATCH", INDEX), *read])
+            commands = decide(replies)
+            if not commands:
+                ask([("UNWATCH",)])
+                return
+            *_, done = ask([("MULTI",), *commands, ("EXEC",)])
+            if done is not None:
+                self.total = int(float(_bytes(_list(done)[-1])))
+                return
+        raise RedisRefused("CONTENDED")
+
+
+def _removal(members: list[bytes]) -> list[Command]:
+    if not members:
+        return []
+    return [("ZREM", INDEX, *members), ("ZINCRBY", INDEX, -sum(map(_charge, members)), _TOTAL)]
+
+
+def _evictable(rows: Reply, now_ms: int) -> list[bytes]:
+    """Of a ZRANGE WITHSCORES the members that may go: settled, or left behind by a writer that died."""
+    flat = list(map(_bytes, _list(rows)))
+    return [member for member, score in zip(flat[::2], flat[1::2], strict=True)
+            if _ours(member) and (float(score) < 0 or float(score) < now_ms - _FORGOTTEN_MS)]
+
+
+def _member(key: bytes, size: int) -> bytes:
+    return _SIZE.pack(size + ENTRY_OVERHEAD) + key
+
+
+def _charge(member: bytes) -> int:
+    return int(_SIZE.unpack_from(member)[0])
+
+
+def _key(member: bytes) -> bytes:
+    return member[_SIZE.size:]
+
+
+def _ours(member: bytes) -> bool:
+    """Whatever somebody writes into the index, only frames are ever deleted."""
+    return len(member) > _SIZE.size and _key(member).startswith(PREFIX) and _key(member) != INDEX
+
+
+def _bytes(reply: Reply) -> bytes:
+    if isinstance(reply, RedisRefused):
+        raise reply
+    if not isinstance(reply, memoryview):
+        raise RedisLost("an answer of another kind than was asked for")
+    return bytes(reply)
+
+
+def _list(reply: Reply) -> list[Reply]:
+    if isinstance(reply, RedisRefused):
+        raise reply
+    if not isinstance(reply, list):
+        raise RedisLost("an answer of another kind than was asked for")
+    return reply
