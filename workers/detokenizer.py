@@ -1,0 +1,119 @@
+"""Token ids in, text out, as early as it is certain. Imports no torch: the gateway uses it.
+
+    ids      ... already shown | context (8) | pending ............ |
+    text                         base        | definite      | open |
+                                                                ^ half a character, or bytes whose run has not ended
+    stops    definite text        | shown now | may begin a stop string: kept back |
+
+The joined deltas are `tokenizer.decode(ids)` up to the stop string that ends first; where two end together, the longer.
+Only a small window of ids is decoded again for each push. It relies on one property of decoders: the text of some ids
+is the beginning of the text of these ids and more, except for what is called open above.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from kvbank.errors import InvalidRequest
+
+CONTEXT = 8                                  # ids decoded again so that a first-token rule (strip a space) hits them
+WINDOW = 24                                  # pending ids at which the window moves on
+HALF = "\ufffd"                              # how decoders show a character that is incomplete or invalid
+
+
+class TextStream:
+    """The text of one answer while its tokens arrive. Raises InvalidRequest for an empty stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if any(not text for text in stop):
+            raise InvalidRequest("a stop string is empty; leave it out")
+        self._tokenizer = tokenizer
+        self._stops = tuple(stop)
+        self._window: list[int] = []         # context and pending ids
+        self._shown = 0                      # characters of the window's text that were already taken
+        self._held = ""                      # definite text that may begin a stop string
+        self._parts: list[str] = []
+        self._byte_run = _has_byte_fallback(tokenizer)
+        self._unseen = _skipped_ids(tokenizer) if self._byte_run else frozenset()
+        self.stopped = False                 # a stop string was found; what follows it is ignored
+
+    @property
+    def text(self) -> str:
+        """All deltas so far, joined."""
+        return "".join(self._parts)
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that became certain with these ids and is safe to show; often shorter or longer than theirs."""
+        if self.stopped or not token_ids:
+            return ""
+        self._window.extend(token_ids)
+        if self._byte_run and self._ends_in_byte_run():
+            return ""                        # one invalid byte would turn the whole run into U+FFFD
+        text = self._tokenizer.decode(self._window)
+        # An incomplete character is shown as exactly one U+FFFD; all before it can no longer change.
+        definite = text[self._shown : len(text) - text.endswith(HALF)]
+        self._shown += len(definite)
+        if len(self._window) > CONTEXT + WINDOW:
+            self._move_on(open_characters=len(text) - self._shown)
+        return self._show(definite)
+
+    def finish(self) -> str:
+        """What was kept back, now that nothing more comes; half a character becomes U+FFFD. Safe to repeat."""
+        if self.stopped:
+            return ""
+        rest = self._tokenizer.decode(self._window)[self._shown :]
+        self._shown += len(rest)
+        delta = self._show(rest)
+        if not self.stopped:
+            delta += self._held
+            self._parts.append(self._held)
+            self._held = ""
+        return delta
+
+    def _show(self, definite: str) -> str:
+        """Adds definite text; returns the part in front of a stop string, or of what may become one."""
+        text = self._held + definite
+        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            text, self._held = text[: min(found)[1]], ""
+        else:
+            keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+            text, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        self._parts.append(text)
+        return text
+
+    def _move_on(self, open_characters: int) -> None:
+        """Forget all ids but the last few, unless these alone show nothing (they could not take the strip then)."""
+        context = self._window[-CONTEXT:]
+        base = self._tokenizer.decode(context)
+        if len(base) > open_characters:
+            self._window, self._shown = context, len(base) - open_characters
+
+    def _ends_in_byte_run(self) -> bool:
+        for token in reversed(self._window):
+            if token not in self._unseen and (piece := self._tokenizer.id_to_token(token)) is not None:
+                return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+        return False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+def _has_byte_fallback(tokenizer: Tokenizer) -> bool:
+    """Whether tokens like <0xE2> stand for bytes (sentencepiece models) rather than for themselves."""
+    decoder = tokenizer.decoder
+    return decoder is not None and '"ByteFallback"' in json.dumps(json.loads(decoder.__getstate__()))
+
+
+def _skipped_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Special tokens: decoding leaves them out, so they do not end a run of bytes."""
+    return frozenset(token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special)
