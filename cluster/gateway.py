@@ -29,7 +29,7 @@ from kvbank.cluster.intake import JobSpec
 from kvbank.cluster.job import Job, TextStream
 from kvbank.cluster.links import Links
 from kvbank.cluster.meters import Meters
-from kvbank.cluster.roster import KEY_BYTES, RecentPrefixes, Worker
+from kvbank.cluster.roster import RecentPrefixes, Worker
 from kvbank.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -185,7 +185,7 @@ class Gateway:
         for job in list(self._jobs.values()):
             self._end(job, "stopping")
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self.limits.grace_s + 1.0)
+            await asyncio.wait(self._tasks, timeout=self.limits.grace_s)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

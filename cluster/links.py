@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import grpc.aio
-
 from kvbank.kvstore.transport import rpc
 from kvbank.proto import control_pb2, jobs_pb2
 

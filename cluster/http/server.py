@@ -215,7 +215,7 @@ class GatewayServer:
         self.gateway = assembly.front.gateway
         config = uvicorn.Config(
             build_app(assembly.front), http=_PatientProtocol, ws="none", lifespan="off", log_config=None,
-            access_log=False, server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=2,
+            access_log=False, server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=1,
             limit_concurrency=MAX_CONNECTIONS,
         )
         self._server = _Uvicorn(config, self._ready)

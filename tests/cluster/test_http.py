@@ -1,0 +1,376 @@
+"""The HTTP face: OpenAI's dialect with its own client, the door, the limits, the shape of errors."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+
+import httpx
+import openai
+import pytest
+
+from kvbank.cluster.http.server import GatewayServer
+from kvbank.errors import ConfigError
+
+PROMPT = [1, 2, 3]
+
+
+def events(lines: list[str]) -> list:
+    return [json.loads(line[6:]) for line in lines if line.startswith("data: ") and line != "data: [DONE]"]
+
+
+def stream(address: str, **body: object) -> list[str]:
+    with httpx.stream("POST", f"{address}/v1/completions", json={"prompt": PROMPT, "stream": True, **body}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        return list(answer.iter_lines())
+
+
+# -- OpenAI's dialect --------------------------------------------------------------------------------------------------
+
+def test_openais_own_client_completes_and_streams(make_worker, make_server, answer_of) -> None:
+    client = openai.OpenAI(base_url=make_server(make_worker("worker-0")).address + "/v1", api_key="anything")
+    assert [model.id for model in client.models.list()] == ["fake"]
+    whole = client.completions.create(model="fake", prompt="hello", max_tokens=8, temperature=0)
+    text = bytes(answer_of(list(b"hello"), 8)).decode()
+    assert whole.choices[0].text == text and whole.choices[0].finish_reason == "length"
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens) == (5, 8, 13)
+    assert whole.usage.prompt_tokens_details.cached_tokens == 2
+    chunks = list(client.completions.create(model="fake", prompt="hello", max_tokens=8, temperature=0, stream=True,
+                                            stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == text
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 2 and not chunks[-1].choices
+    assert chunks[-2].choices[0].finish_reason == "length"
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="hello")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="fake", prompt="")
+    assert caught.value.code == "invalid_request"
+
+
+def test_the_receipt_rides_the_response_and_the_last_chunk(make_worker, make_server) -> None:
+    address = make_server(make_worker("worker-0")).address
+    whole = httpx.post(f"{address}/v1/completions", json={"prompt": PROMPT, "job_id": "mine"}).json()
+    assert whole["kvbank"]["job_id"] == "mine" and whole["kvbank"]["receipt"]["computed_tokens"] == 2
+    assert whole["id"] == "cmpl-mine" and whole["object"] == "text_completion"
+    lines = stream(address, max_tokens=3)
+    assert lines[-2] == "data: [DONE]" or lines[-1] == "data: [DONE]"
+    last = events(lines)[-1]
+    assert last["choices"][0]["finish_reason"] == "length" and last["kvbank"]["receipt"]["output_tokens"] == 3
+
+
+def test_several_prompts_and_n_become_choices_in_order(make_worker, make_server, answer_of) -> None:
+    worker = make_worker("worker-0")
+    address = make_server(worker).address
+    whole = httpx.post(f"{address}/v1/completions", json={"prompt": ["a", "b"], "n": 2, "max_tokens": 4, "seed": 7}).json()
+    texts = [bytes(answer_of([ord(c)], 4)).decode() for c in "aabb"]
+    assert [(c["index"], c["text"]) for c in whole["choices"]] == list(enumerate(texts))
+    assert whole["usage"]["prompt_tokens"] == 2 and whole["usage"]["completion_tokens"] == 16
+    assert sorted(job.sampling.seed for job in worker.seen) == [7, 7, 8, 8]
+    chunks = events(stream(address, prompt=["a", "b"], n=2, max_tokens=4))
+    joined = {n: "".join(c["choices"][0]["text"] for c in chunks if c["choices"][0]["index"] == n) for n in range(4)}
+    assert list(joined.values()) == texts
+
+
+def test_token_ids_are_returned_when_asked_for(make_worker, make_server, answer_of) -> None:
+    address = make_server(make_worker("worker-0")).address
+    body = {"prompt": [PROMPT], "max_tokens": 4, "return_token_ids": True}
+    assert httpx.post(f"{address}/v1/completions", json=body).json()["choices"][0]["token_ids"] == answer_of(PROMPT, 4)
+    chunks = events(stream(address, max_tokens=4, return_token_ids=True))
+    assert sum((chunk["choices"][0]["token_ids"] for chunk in chunks), []) == answer_of(PROMPT, 4)
+
+
+def test_sampling_options_reach_the_worker_with_openais_defaults(make_worker, make_server) -> None:
+    worker = make_worker("worker-0")
+    address = make_server(worker).address
+    httpx.post(f"{address}/v1/completions", json={"prompt": PROMPT})
+    httpx.post(f"{address}/v1/completions", json={
+        "prompt": PROMPT, "max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "seed": 11, "ignore_eos": True,
+        "stop_token_ids": [9], "deadline_s": 60, "user": "harmless", "presence_penalty": 0, "logit_bias": {}, "n": 1})
+    plain, rich = worker.seen
+    assert plain.max_tokens == 16 and plain.sampling.temperature == 1.0 and plain.sampling.seed != 0
+    assert rich.sampling.temperature == pytest.approx(0.5) and rich.sampling.top_p == pytest.approx(0.9)
+    assert (rich.sampling.top_k, rich.sampling.seed, list(rich.stop_token_ids)) == (5, 11, [9])
+    assert rich.ignore_eos and 0 < rich.deadline_ms <= 60_000
+
+
+def test_an_error_after_the_first_chunk_travels_in_band(make_worker, make_server) -> None:
+    worker = make_worker("worker-0")
+    worker.token_s = 0.05
+    lines = stream(make_server(worker).address, max_tokens=1000, deadline_s=0.3)
+    assert events(lines)[-1]["error"]["code"] == "deadline_exceeded"
+    assert "data: [DONE]" not in lines
+
+
+def test_a_quiet_stream_is_kept_alive_by_comments(make_worker, make_server) -> None:
+    worker = make_worker("worker-0")
+    worker.token_s = 0.3
+    lines = stream(make_server(worker, http={"quiet_s": 0.05}).address, max_tokens=2)
+    assert ": keep-alive" in lines
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_caller_who_leaves_cancels_the_job(make_worker, make_server, eventually, streaming) -> None:
+    worker = make_worker("worker-0")
+    worker.token_s = 0.02
+    server = make_server(worker)
+    body = {"prompt": PROMPT, "max_tokens": 2000, "stream": streaming}
+    if streaming:
+        with httpx.stream("POST", f"{server.address}/v1/completions", json=body) as answer:
+            next(answer.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.address}/v1/completions", json=body, timeout=0.3)
+    eventually(lambda: worker.cancels == ["client"])
+    eventually(lambda: server.gateway.live == 0)
+
+
+def test_two_completions_under_one_job_id_are_cancelled_by_the_last_to_leave(make_worker, make_server, eventually) -> None:
+    worker = make_worker("worker-0")
+    worker.token_s = 0.02
+    address = make_server(worker).address
+    body = {"prompt": PROMPT, "max_tokens": 300, "stream": True, "job_id": "mine"}
+    with httpx.stream("POST", f"{address}/v1/completions", json=body) as first:
+        lines = first.iter_lines()                   # held: a dropped iterator closes its response
+        next(lines)
+        with httpx.stream("POST", f"{address}/v1/completions", json=body) as second:
+            next(second.iter_lines())
+        count = httpx.get(f"{address}/v1/jobs/mine").json()["output_tokens"]
+        eventually(lambda: httpx.get(f"{address}/v1/jobs/mine").json()["output_tokens"] > count + 5)
+        assert not worker.cancels
+    eventually(lambda: worker.cancels == ["client"])
+
+
+@pytest.mark.parametrize("field", [
+    {"echo": True}, {"logprobs": 5}, {"suffix": "x"}, {"best_of": 2}, {"presence_penalty": 1}, {"logit_bias": {"1": 2}},
+    {"unknown": 1}, {"stream_options": 5}, {"stream_options": {"x": 1}}, {"n": 0}, {"n": 10**9}, {"n": True},
+    {"prompt": ["a"] * 17}, {"prompt": ["a", 1]}, {"prompt": [[]]}, {"prompt": [[1], "a"]}, {"prompt": {}},
+    {"prompt": [{"text": "a", "token_ids": [1]}]}, {"prompt": [{"x": 1}]}, {"job_id": "x", "n": 2}, {"model": 5},
+    {"stream": "yes"}, {"max_tokens": "many"}, {"temperature": 3}, {"cache_salt": "mine"},
+])
+def test_what_is_not_supported_is_refused_by_name(make_worker, make_server, field) -> None:
+    worker = make_worker("worker-0")
+    answer = httpx.post(f"{make_server(worker).address}/v1/completions", json={"prompt": PROMPT, **field})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["code"] == "invalid_request"
+    assert answer.json()["error"]["type"] == "invalid_request_error" and not worker.seen
+
+
+# -- malformed bodies --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("raw", [
+    b"", b"{", b"[]", b"1", b"null", b'"x"', b"\xff\xfe", b'{"prompt": "\xff"}', b'{"prompt": NaN}', b'{"a":' * 100_000,
+    b"[" * 100_000, b'{"prompt": ' + b"9" * 5000 + b"}", b'{"prompt": "\\ud800"}', b'{"prompt": [' + b"9" * 400 + b"]}",
+    b'{"prompt": [1e400]}', b'{"prompt": "a", "seed": 1e5}',
+], ids=lambda raw: repr(raw[:16]))
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/jobs"])
+def test_malformed_bodies_are_typed_and_leave_the_server_unharmed(make_worker, make_server, raw, path) -> None:
+    address = make_server(make_worker("worker-0")).address
+    answer = httpx.post(address + path, content=raw)
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_request"
+    assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_a_body_over_the_limit_is_refused_before_it_is_a_job(make_worker, make_server) -> None:
+    worker = make_worker("worker-0")
+    address = make_server(worker, http={"body_bytes": 10_000}).address
+
+    def pieces(count: int):
+        yield from [b'{"prompt": "', *[b"x" * 1000] * count, b'"}']
+
+    for content in (b"x" * 20_000, pieces(20)):
+        answer = httpx.post(f"{address}/v1/completions", content=content)
+        assert answer.status_code == 413 and "10000 bytes" in answer.json()["error"]["message"]
+    assert httpx.post(f"{address}/v1/completions", content=pieces(2)).status_code == 200 and len(worker.seen) == 1
+
+
+def test_a_body_that_never_ends_is_given_up(make_worker, make_server) -> None:
+    address = make_server(make_worker("worker-0"), http={"body_s": 0.2}).address
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as slow:
+        slow.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        slow.settimeout(10)
+        assert b"400" in slow.recv(65536).split(b"\r\n")[0]
+
+
+# -- the door ----------------------------------------------------------------------------------------------------------
+
+KEYS = {"key-a": "tenant-a", "key-b": "tenant-b"}
+PRIVATE = [("GET", "/v1/models"), ("GET", "/v1/models/fake"), ("POST", "/v1/completions"), ("POST", "/v1/jobs"),
+           ("GET", "/v1/jobs"), ("GET", "/v1/jobs/x"), ("GET", "/v1/jobs/x/stream"), ("DELETE", "/v1/jobs/x"),
+           ("POST", "/v1/jobs/x/cancel"), ("GET", "/v1/status"), ("GET", "/metrics")]
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Basic key-a", "Bearer", "key-a", "Bearer key-a key-b"])
+def test_without_a_valid_key_every_route_is_shut_before_its_body_is_read(make_server, header) -> None:
+    address = make_server(api_keys=KEYS).address
+    headers = {"Authorization": header} if header else {}
+    with httpx.Client(base_url=address, headers=headers) as client:
+        for method, path in PRIVATE:
+            answer = client.request(method, path, content=b"not json" if method == "POST" else None)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "unauthorized", (method, path)
+
+
+def test_every_route_is_either_private_or_known_to_be_open(make_server) -> None:
+    from kvbank.cluster.http.app import build_app
+    server = make_server(api_keys=KEYS)
+    found = set()
+
+    def walk(routes: list) -> None:
+        for route in routes:
+            inner = getattr(route, "routes", None) or getattr(getattr(route, "original_router", None), "routes", None)
+            if inner:
+                walk(inner)
+            else:
+                found.update((method, route.path) for method in route.methods if method != "HEAD")
+
+    app = build_app(type(server.gateway) and _front_of(server))
+    walk(app.routes)
+    named = {(m, p.replace("/x", "/{job_id}").replace("/fake", "/{name:path}")) for m, p in PRIVATE}
+    assert found == named | {("GET", "/health")}
+
+
+def _front_of(server):
+    from kvbank.cluster.http.app import Front
+    from kvbank.cluster.intake import Intake, ModelFacts
+    facts = ModelFacts(name="fake", vocab_size=8, max_position=8)
+    return Front(gateway=server.gateway, intake=Intake(facts, lambda text, start: [1]), api_keys=KEYS)
+
+
+def test_a_key_proves_its_tenant_and_tenants_do_not_see_each_other(make_worker, make_server) -> None:
+    worker = make_worker("worker-0")
+    address = make_server(worker, api_keys=KEYS).address
+    a, b = ({"Authorization": f"Bearer {key}"} for key in KEYS)
+    assert httpx.get(f"{address}/health").status_code == 200
+    for headers in (a, b):
+        made = httpx.post(f"{address}/v1/jobs", json={"prompt": PROMPT, "job_id": "same"}, headers=headers)
+        assert made.status_code == 202
+    httpx.get(f"{address}/v1/jobs/same", params={"wait_s": 10}, headers=a)
+    assert sorted(job.tenant for job in worker.seen) == ["tenant-a", "tenant-b"]
+    assert len({job.id for job in worker.seen}) == 2
+    httpx.post(f"{address}/v1/jobs", json={"prompt": PROMPT, "job_id": "only-a"}, headers=a)
+    assert httpx.get(f"{address}/v1/jobs/only-a", headers=b).status_code == 404
+    assert [job["id"] for job in httpx.get(f"{address}/v1/jobs", headers=b).json()["data"]] == ["same"]
+
+
+def test_without_keys_on_loopback_any_key_is_the_default_tenant(make_worker, make_server) -> None:
+    worker = make_worker("worker-0")
+    address = make_server(worker).address
+    for headers in ({}, {"Authorization": "Bearer whatever"}):
+        httpx.post(f"{address}/v1/completions", json={"prompt": PROMPT}, headers=headers)
+    assert [job.tenant for job in worker.seen] == ["default", "default"]
+
+
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"},
+                                     {"Host": "127.0.0.1.evil.example:80"}, {"Origin": "null"}])
+def test_without_keys_web_pages_are_kept_out(make_server, headers) -> None:
+    address = make_server().address
+    assert httpx.get(f"{address}/v1/models", headers=headers).status_code == 403
+    assert httpx.get(f"{address}/v1/models", headers={"Origin": "http://localhost:3000"}).status_code == 200
+
+
+def test_a_public_bind_without_keys_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not loopback"):
+        GatewayServer(lambda: None, host="0.0.0.0", port=0, open_door=True)
+
+
+def test_a_port_in_use_is_a_config_error_that_names_it(make_server) -> None:
+    port = int(make_server().address.rpartition(":")[2])
+    with pytest.raises(ConfigError, match=str(port)):
+        make_server(port=port)
+
+
+# -- errors, health and metrics ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("method", "path", "status", "code"), [
+    ("GET", "/nowhere", 404, "not_found"), ("PUT", "/v1/jobs", 405, "invalid_request"),
+    ("GET", "/v1/jobs/none", 404, "not_found"), ("GET", "/v1/models/none", 404, "not_found"),
+    ("GET", "/v1/completions", 405, "invalid_request"), ("GET", "/docs", 404, "not_found"),
+])
+def test_errors_have_one_shape(make_server, method, path, status, code) -> None:
+    answer = httpx.request(method, make_server().address + path)
+    assert answer.status_code == status and answer.json()["error"]["code"] == code
+    assert set(answer.json()["error"]) >= {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("query", ["from=5", "from=-1", "from=x", "from=nan"])
+def test_a_stream_from_nowhere_is_refused(make_worker, make_server, query) -> None:
+    address = make_server(make_worker("worker-0")).address
+    job = httpx.post(f"{address}/v1/jobs", json={"prompt": PROMPT, "max_tokens": 2}).json()
+    httpx.get(f"{address}/v1/jobs/{job['id']}", params={"wait_s": 10})
+    assert httpx.get(f"{address}/v1/jobs/{job['id']}/stream?{query}").status_code == 400
+    lines = httpx.get(f"{address}/v1/jobs/{job['id']}/stream?from=1").text.splitlines()
+    assert events(lines)[0]["index"] == 1 and len(events(lines)[0]["token_ids"]) == 1
+    resumed = httpx.get(f"{address}/v1/jobs/{job['id']}/stream", headers={"Last-Event-ID": "1"}).text
+    assert resumed.splitlines() == lines
+
+
+def test_a_bug_in_a_route_tells_the_caller_nothing(make_worker, make_server) -> None:
+    async def broken() -> dict:
+        raise RuntimeError("/secret/path")
+
+    address = make_server(make_worker("worker-0"), status=broken).address
+    answer = httpx.get(f"{address}/v1/status")
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == "internal" and "secret" not in answer.text
+    assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_health_follows_the_workers(make_worker, make_server) -> None:
+    server = make_server()
+    assert httpx.get(f"{server.address}/health").status_code == 503
+    server.roster.alive = [make_worker("worker-0").view()]
+    assert httpx.get(f"{server.address}/health").json()["workers"] == 1
+
+
+def test_metrics_count_what_happened_and_never_who_said_what(make_worker, make_server) -> None:
+    address = make_server(make_worker("worker-0")).address
+    httpx.post(f"{address}/v1/completions", json={"prompt": "planted canary", "max_tokens": 5, "job_id": "canary-id"})
+    text = httpx.get(f"{address}/metrics")
+    assert text.headers["content-type"].startswith("text/plain")
+    assert "kvbank_output_tokens_total 5.0" in text.text and 'kvbank_jobs_ended_total{outcome="length"} 1.0' in text.text
+    assert 'kvbank_reused_tokens_total{source="device"} 7.0' in text.text
+    assert "kvbank_ttft_seconds_count 1.0" in text.text and "canary" not in text.text
+
+
+def test_prompts_and_keys_stay_out_of_logs(make_worker, make_server, caplog) -> None:
+    worker = make_worker("worker-0")
+    worker.die_at = 1
+    caplog.set_level("DEBUG")
+    address = make_server(worker, api_keys={"planted-key": "tenant-a"}).address
+    headers = {"Authorization": "Bearer planted-key"}
+    httpx.post(f"{address}/v1/completions", json={"prompt": "planted prompt", "job_id": "planted-id"}, headers=headers)
+    assert "attempt_lost" in caplog.text
+    assert "planted" not in "\n".join(line for line in caplog.text.splitlines() if "kvbank" in line)
+
+
+def test_a_slow_reader_costs_no_other_anything(make_worker, make_server, answer_of) -> None:
+    worker = make_worker("worker-0")
+    address = make_server(worker).address
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as slow:
+        body = json.dumps({"prompt": PROMPT, "max_tokens": 3000, "stream": True}).encode()
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        answer = httpx.post(f"{address}/v1/completions", json={"prompt": PROMPT, "max_tokens": 50})
+        assert answer.json()["choices"][0]["text"] == bytes(answer_of(PROMPT, 50)).decode()
+
+
+def test_many_callers_at_once_all_get_their_own_answer(make_worker, make_server, answer_of) -> None:
+    address = make_server(make_worker("worker-0"), make_worker("worker-1")).address
+    wrong: list[int] = []
+
+    def one(n: int) -> None:
+        answer = httpx.post(f"{address}/v1/completions", json={"prompt": [n], "max_tokens": 6}, timeout=60).json()
+        if answer["choices"][0]["text"] != bytes(answer_of([n], 6)).decode():
+            wrong.append(n)
+
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_first_token_is_not_delayed_by_the_edge(make_worker, make_server) -> None:
+    address = make_server(make_worker("worker-0")).address
+    with httpx.Client(base_url=address) as client:
+        receipts = [client.post("/v1/completions", json={"prompt": [1] * 4000, "max_tokens": 1}).json() for _ in range(5)]
+    assert min(answer["kvbank"]["receipt"]["ttft_s"] for answer in receipts) < 1.0
