@@ -185,6 +185,16 @@ class Vault:
                 self.drop(span)
             return len(spans)
 
+    def drop_idle_spilled(self) -> int:
+        """As drop_idle, but each span's bytes are offered to the tiers first. Returns how many spans went."""
+        with self.lock:
+            spans = list(self._idle.values())
+            for span in spans:
+                if self._on_evict is not None:
+                    self._on_evict(span)
+                self.drop(span)
+            return len(spans)
+
     def _claim(self, number: int) -> list[SlotId]:
         while len(self._blank) < number:
             _, span = next(iter(self._idle.items()))

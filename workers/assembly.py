@@ -13,17 +13,20 @@ from dataclasses import dataclass
 import torch
 
 from kvbank.errors import ConfigError
+from kvbank.kvstore.config import StoreConfig
 from kvbank.kvstore.hashing import root_key
 from kvbank.kvstore.layout import BlockKey, Layout
+from kvbank.kvstore.store import build_store
 from kvbank.kvstore.tiers.host_tier import HostTier
 from kvbank.kvstore.vault import Arena, Vault
 from kvbank.workers.attend import AttentionShape, JoinedAttention
 from kvbank.workers.config import WorkerConfig
 from kvbank.workers.engine import Engine
+from kvbank.workers.fetcher import TierFetcher
 from kvbank.workers.models.config_reader import ModelConfig, read_config
 from kvbank.workers.models.decoder import Decoder
 from kvbank.workers.weights import load_weights
-from kvbank.workers.seams import Bank, Fetcher
+from kvbank.workers.seams import Bank
 from kvbank.workers.shard import LocalShard, Shelf
 
 
@@ -108,16 +111,25 @@ def root_keys(
 
 def build_engine(
     config: WorkerConfig, *, secret: bytes | None = None, digest: str = "unnamed", bank: Bank | None = None,
-    fetcher: Fetcher | None = None, host: HostTier | None = None, shelf: Shelf | None = None,
-    lend_cap: int = 0, capacity_tokens: Callable[[], int] | None = None, parts: Parts | None = None,
+    store_config: StoreConfig | None = None, lend_cap: int = 0, capacity_tokens: Callable[[], int] | None = None,
 ) -> Engine:
-    """An engine whose chain is this one process: what tests, benches and a worker without other shards run."""
-    parts = parts or build_shard(config, host=host, shelf=shelf)
+    """An engine whose chain is this one process: what tests and in-process benches run. `engine.close()` ends its store."""
+    secret = secret or os.urandom(32)
+    model = read_config(config.model)
+    host = HostTier(store_config.host_bytes) if store_config is not None and store_config.host_bytes else None
+    store = build_store(store_config, layout_of(model, config), secret, host=host) if store_config is not None else None
+    parts = build_shard(config, host=host, shelf=store, model=model)
     vault = Vault(config.num_slots, blocks_per_span=parts.layout.blocks_per_span, lend_cap=lend_cap,
                   on_evict=parts.shard.spill, on_scrub=parts.shard.scrub)
-    return Engine(
-        config, vault, parts.shard, clock=time.monotonic,
-        root_of=root_keys(secret or os.urandom(32), digest, parts.layout, config), eos_ids=parts.model.eos_ids,
-        max_position=parts.model.max_position, window=widest_window(parts.model), bank=bank, fetcher=fetcher,
-        capacity_tokens=capacity_tokens,
+    woken = [lambda: None]
+    fetcher = TierFetcher(
+        store, parts.shard.load, staging_bytes=config.staging_spans * parts.layout.slot_bytes, wait_s=config.fetch_wait_s,
+        clock=time.monotonic, wake=lambda: woken[0]()) if store is not None else None
+    engine = Engine(
+        config, vault, parts.shard, clock=time.monotonic, root_of=root_keys(secret, digest, parts.layout, config),
+        eos_ids=parts.model.eos_ids, max_position=parts.model.max_position, window=widest_window(parts.model), bank=bank,
+        fetcher=fetcher, capacity_tokens=capacity_tokens,
     )
+    woken[0] = engine.wake.set
+    engine.store = store
+    return engine

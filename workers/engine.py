@@ -20,6 +20,7 @@ from typing import Any
 
 from kvbank.errors import Cancelled, KVBankError, TooLong
 from kvbank.kvstore.layout import BlockKey
+from kvbank.kvstore.store import BlockStore
 from kvbank.kvstore.vault import Vault
 from kvbank.workers.config import WorkerConfig
 from kvbank.workers.room import Room
@@ -93,6 +94,7 @@ class Engine:
         self.wake = Flag()                                # set whenever a step may have something to do
         self.keep_logits = False                          # tests and quality benches read counters.last_logits
         self.counters = EngineCounters()
+        self.store: BlockStore | None = None              # the shelves below, when this engine owns them
 
     def add(self, job: JobSpec) -> None:
         """Hand a job in. What is wrong with it comes back as a Failed event."""

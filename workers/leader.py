@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from kvbank.kvstore.config import StoreConfig
 from kvbank.kvstore.debt_book import DebtBook
+from kvbank.kvstore.layout import Layout
+from kvbank.kvstore.store import BlockStore, build_store
+from kvbank.kvstore.tiers.host_tier import HostTier
 from kvbank.kvstore.vault import Vault
-from kvbank.workers.assembly import Parts, build_shard, widest_window
+from kvbank.workers.assembly import Parts, build_shard, layout_of, widest_window
 from kvbank.workers.borrower import Borrower
 from kvbank.workers.engine import Engine
+from kvbank.workers.fetcher import TierFetcher
+from kvbank.workers.models.config_reader import read_config
 from kvbank.workers.remote_attention import RemoteAttention
 
 if TYPE_CHECKING:
@@ -27,23 +33,30 @@ class Leader:
     borrower: Borrower
     remote: RemoteAttention
     engine: Engine
-    store: Any
+    store: BlockStore | None
+    fetcher: TierFetcher | None
 
 
 def build_leader(worker: ModelWorker) -> Leader:
     """Build in order: store, shard, vault, bank, engine. Raises ConfigError, ModelError."""
     config = worker.worker_config
-    store, fetcher = None, None
-    parts = build_shard(config, host=store.host if store else None, shelf=store)
-    vault = Vault(config.num_slots, blocks_per_span=parts.layout.blocks_per_span, lend_cap=worker.lend_cap(),
-                  on_evict=parts.shard.spill, on_scrub=parts.shard.scrub)
-    book = DebtBook(worker.boot, timings=worker.timings)
     engine: Engine | None = None
 
     def wake() -> None:
         if engine is not None:
             engine.wake.set()
 
+    model = read_config(config.model)
+    layout = layout_of(model, config)
+    host = HostTier(worker.settings["host_bytes"]) if worker.settings["host_bytes"] else None
+    store = _build_store(worker, layout, host)
+    parts = build_shard(config, host=host, shelf=store, model=model)
+    fetcher = TierFetcher(
+        store, parts.shard.load, staging_bytes=config.staging_spans * layout.slot_bytes, wait_s=config.fetch_wait_s,
+        clock=time.monotonic, wake=wake) if store else None
+    vault = Vault(config.num_slots, blocks_per_span=parts.layout.blocks_per_span, lend_cap=worker.lend_cap(),
+                  on_evict=parts.shard.spill, on_scrub=parts.shard.scrub)
+    book = DebtBook(worker.boot, timings=worker.timings)
     borrower = Borrower(parts.arena, parts.layout.slot_bytes, timings=worker.timings, wake=wake, lenders=worker.lenders,
                         locate=worker.locate)
     remote = RemoteAttention(parts.shape, parts.layout.head_dim, borrower)
@@ -53,4 +66,14 @@ def build_leader(worker: ModelWorker) -> Leader:
         max_position=parts.model.max_position, window=widest_window(parts.model), bank=borrower, fetcher=fetcher,
         capacity_tokens=worker.capacity_tokens,
     )
-    return Leader(parts, vault, book, borrower, remote, engine, store)
+    return Leader(parts, vault, book, borrower, remote, engine, store, fetcher)
+
+
+def _build_store(worker: ModelWorker, layout: Layout, host: HostTier | None) -> BlockStore | None:
+    """The shelves below the device; None when there are none."""
+    settings = worker.settings
+    if host is None and settings["redis"] is None:
+        return None
+    config = StoreConfig(host_bytes=settings["host_bytes"], redis_url=settings["redis"], redis_bytes=settings["redis_bytes"],
+                         redis_ttl_s=settings["redis_ttl_s"])
+    return build_store(config, layout, worker.cache_secret, host=host)

@@ -60,6 +60,17 @@ class Reuse:
         if whole and self._bank.adopt(seq.job.id, whole, tenant=seq.job.tenant, age=seq.job.age):
             self._adopting.add(seq.job.id)
 
+    def hold(self, seq: Sequence) -> None:
+        """The sequence starts to run: hold every whole span of it that this worker has, wherever in the sequence, before
+        the slots that it takes for the others drive them out."""
+        if self._window is not None:
+            return
+        usable = (seq.num_tokens - 1) // self._block
+        for index in range(usable // self._bps):
+            start = index * self._span
+            if seq.table.at(index) is None:
+                self._fill_from_device(seq, index, start, seq.keys[index * self._bps : (index + 1) * self._bps], whole=True)
+
     def adopt_ended(self, job: str) -> None:
         self._adopting.discard(job)
 
@@ -148,7 +159,9 @@ class Reuse:
 
     # -- the sources ---------------------------------------------------------------------------------------------------------
 
-    def _fill_from_device(self, seq: Sequence, index: int, hole: int, group: list[BlockKey]) -> bool:
+    def _fill_from_device(
+        self, seq: Sequence, index: int, hole: int, group: list[BlockKey], *, whole: bool = False
+    ) -> bool:
         start = index * self._span
         hits = self._vault.index.match(group, tokens=seq.token_bytes(start, start + len(group) * self._block))
         if not hits or start + hits[0].blocks * self._block <= hole:
@@ -159,7 +172,7 @@ class Reuse:
             seq.table.put(index, hit.span)
             self._credit(seq, start, start + self._span, SOURCE[hit.span.place])
             return True
-        return self._copy_blocks(seq, index, hole, hit)
+        return not whole and self._copy_blocks(seq, index, hole, hit)
 
     def _copy_blocks(self, seq: Sequence, index: int, hole: int, hit: Hit) -> bool:
         """Only part of a span is common: its blocks are copied into a span of our own."""

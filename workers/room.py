@@ -206,7 +206,6 @@ class Room:
         for seq in self._running():
             if any(held is span for _, held in seq.table.live()):
                 seq.tally.lenders.setdefault(event.lender)
-                seq.note_peaks()
 
     def _stayed(self, uid: int) -> None:
         span = self._moving.pop(uid, None)

@@ -130,6 +130,7 @@ class Scheduler:
                 continue
             if rows.remote:
                 seq.tally.remote_attention_calls += result.remote_calls
+            seq.note_away(len(rows.remote), len(rows.host))
             self._computed(seq, rows.start, rows.stop, now)
             token = tokens.get(rows.first_row + rows.num_rows - 1)
             if token is not None:
@@ -152,6 +153,7 @@ class Scheduler:
                 return
             self.waiting.pop(0)
             self._begin(seq, now)
+            self.reuse.hold(seq)
             seq.state, seq.waits_for, seq.progress_at = RUNNING, "", now
             self.running.append(seq)
             self.running.sort(key=lambda s: s.age)

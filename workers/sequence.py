@@ -113,10 +113,8 @@ class Sequence:
             return "stop"
         return "length" if self.num_output >= self.job.max_tokens else None
 
-    def note_peaks(self) -> None:
-        """Update the receipt's peaks from the table."""
+    def note_away(self, remote: int, host: int) -> None:
+        """So many spans of it were read at a lender's and on the host tier in one step."""
         per_span = self.table.span_tokens // self.block_size
-        places = Counter(span.place for _, span in self.table.live())
-        tally = self.tally
-        tally.borrowed_blocks_peak = max(tally.borrowed_blocks_peak, places["remote"] * per_span)
-        tally.parked_blocks_peak = max(tally.parked_blocks_peak, places["host"] * per_span)
+        self.tally.borrowed_blocks_peak = max(self.tally.borrowed_blocks_peak, remote * per_span)
+        self.tally.parked_blocks_peak = max(self.tally.parked_blocks_peak, host * per_span)

@@ -234,7 +234,7 @@ class ModelWorker(Worker):
         leader = build_leader(self)
         self.layout, self.arena, self.vault = leader.parts.layout, leader.parts.arena, leader.vault
         self.borrower, self.parts, self.remote = leader.borrower, leader.parts, leader.remote
-        self.store = leader.store
+        self.store, self._fetcher = leader.store, leader.fetcher
         self._open_bank(book=leader.book, data=leader.borrower, on_engine=leader.borrower.from_banker)
         self.borrower.connect(self.banker)
         self.book = leader.book
@@ -286,6 +286,8 @@ class ModelWorker(Worker):
     def stop(self) -> None:
         super().stop()
         self.engine.wake.set()
+        if self._fetcher is not None:
+            self._fetcher.close()
         if self.store is not None:
             self.store.close()
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,7 +137,10 @@ class LocalShard:
     def load(self, payload: memoryview, slot: SlotId, start: int) -> None:
         """Write a verified payload of whole blocks (or a whole span) into a slot, from token `start` on."""
         tokens = payload.nbytes // self.layout.token_bytes
-        data = torch.frombuffer(payload, dtype=torch.uint8)
+        if tokens == self.layout.span_tokens and self.arena.device == "cpu":
+            np.copyto(self.arena.slot(slot, self.layout.slot_bytes).numpy(), np.frombuffer(payload, dtype=np.uint8))
+            return
+        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         if tokens == self.layout.span_tokens:
             self.arena.slot(slot, self.layout.slot_bytes).copy_(data)
             return
