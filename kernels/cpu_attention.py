@@ -1,129 +1,216 @@
-"""Attention over slots on the CPU, built on the one fused op that also returns the log-sum-exp.
+"""One partial per (row, span) pair on the CPU, for all sequences of a step at once, read from the slots in place.
 
-`PairBatch` computes one partial per (row, span) pair, for all sequences of a step at once. Slots are read in place: adjacent
-slots are one strided view, so a run of them is one call with the spans as its batch.
+Built on the one fused op that also returns the log-sum-exp. Adjacent slots are one strided view, so a run of them is
+one call with the spans as its batch:
 
-    kv[a:b, 0]  [n, Hk, S, d]         n adjacent slots, keys                  q  [n, Hk, M*G, d]
-                                      M rows read each of them; the G query heads of a KV head are rows too
+    keys   kv[a:b, 0]   [n, Hk, S, d]          n slots, each read by M rows
+    query               [n, Hk, M*G, d]        the G query heads that share a KV head are rows too
 
-Facts about the op (PyTorch 2.13): a fully masked row returns lse 0 (no such row gets here); an all-zero mask gives the same
-bits as none and costs nothing measurable; a row's bits do not depend on batch or row count once rows are padded to 8.
+Slots that lie scattered in short runs are copied into one buffer first (tiles of at most 8 MiB) and then take one call:
+a call costs 12 us (40 with two threads), copying a slot of 128 KiB costs 4. On one thread even long runs gain: the op
+reads cold memory at 11 GB/s, a copy at 25 (32 slots of 256 KiB: 820 us in place, 550 copied; two threads: equal).
+
+Facts about the op (PyTorch 2.13, CPU): a fully masked row returns lse 0 (no such row gets here); a zero mask gives the
+bits of no mask and costs nothing measurable; bits of a row do not depend on batch, threads or rows once rows are padded
+to a multiple of 8, except that a call of a single (batch, head) may thread its GEMM inside: such a call is doubled.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvbank.kernels.segments import Pairs
+from kvbank.kernels.segments import Geometry, Pairs, runs_of_equal
 
-PAD_ROWS = 8                                 # the op's row count that makes bits independent of how many rows there are
+PAD_ROWS = 8                                 # the row count that makes bits independent of how many rows there are
+LONG_RUN = 8                                 # adjacent slots from which reading in place always beats copying
+TILE_BYTES = 8 << 20                         # most that is copied for one call: what stays in the cache
+COPY_BYTES = 4 << 20                         # a run this long is copied too when one thread works: see above
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """What all layers of a step share."""
+class SlotRows:
+    """Copies chosen slots of a layer into a buffer, by rows of S*d elements, in one parallel op.
 
-    num_rows: int
-    span_tokens: int
-    heads: int
-    kv_heads: int
-    dtype: torch.dtype
-    device: torch.device
+    `index_select` over whole slots would start one parallel region per slot once a slot has 32k elements.
+    """
 
-    @property
-    def group(self) -> int:
-        return self.heads // self.kv_heads
+    def __init__(self, slots: np.ndarray) -> None:
+        self._slots = slots
+        self._index: dict[tuple[int, bool], Tensor] = {}                 # by (rows per slot of the arena, heads first)
+
+    def gather(self, kv: Tensor, buffer: Tensor, *, heads_first: bool) -> Tensor:
+        """kv [num_slots, 2, Hk, S, d] -> the chosen slots in order, in the flat `buffer`, which must be large enough.
+
+        Returns [n, 2, Hk, S, d], or with heads_first [2, Hk, n, S, d]: each head's keys in one piece.
+        """
+        num_slots, two, heads, tokens, dim = kv.shape
+        size = tokens * dim
+        order = (two, heads, len(self._slots)) if heads_first else (len(self._slots), two, heads)
+        out = buffer[: len(self._slots) * two * heads * size].view(*order, tokens, dim)
+        if kv.stride(0) % size or kv.stride()[1:] != (heads * size, size, dim, 1):
+            chosen = kv[torch.from_numpy(self._slots)]                   # an unusual view: plain, slower
+            return out.copy_(chosen.permute(1, 2, 0, 3, 4) if heads_first else chosen)
+        step = kv.stride(0) // size
+        index = self._index.get((step, heads_first))
+        if index is None:
+            rows = self._slots[:, None] * step + np.arange(two * heads)
+            index = torch.from_numpy((rows.T if heads_first else rows).reshape(-1).copy())
+            self._index[step, heads_first] = index
+        flat = kv.as_strided(((num_slots - 1) * step + two * heads, size), (size, 1))
+        torch.index_select(flat, 0, index, out=out.view(-1, size))
+        return out
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One fused call: slots first .. first+num-1, each read by the same number of rows."""
+    """One fused call over n slots, each read by the same number of rows."""
 
-    first: int
-    num: int
+    slots: np.ndarray                        # [n]
+    adjacent: bool                           # slots[0] .. slots[0] + n-1: may be read in place
     rows: int                                # M: real rows per slot
     padded: int                              # rows per slot as computed
-    query: Tensor                            # int64 index into q as [T*Hk, G*d]: [num or 1, Hk, padded], flat
-    shared: bool                             # every slot is read by the same rows: `query` is for one slot
-    mask: Tensor | None                      # additive [num, 1, padded*G or 1, S], q's dtype
+    query: Tensor | None                     # index into q as [T*Hk, G*d], of [n, Hk, padded]; None: q as it is
+    shared: bool                             # every slot is read by the same rows: the query is for one slot
+    mask: Tensor | None                      # additive [n, 1, padded*G or 1, S], q's dtype
+    tiles: dict[int, list[SlotRows]]         # by slots per tile: how to copy them; filled when first needed
+
+    def copies(self, step: int) -> list[SlotRows]:
+        """The slots in tiles of `step`."""
+        if step not in self.tiles:
+            self.tiles[step] = [SlotRows(self.slots[i : i + step]) for i in range(0, len(self.slots), step)]
+        return self.tiles[step]
 
 
 class PairBatch:
-    """Partials of pairs. `run` returns them in the order of `self.pairs` (sorted by slot)."""
+    """Partials of pairs. Row i of what `run` returns is pair `order[i]`: call by call, slot by slot, row by row."""
 
     def __init__(self, pairs: Pairs, geometry: Geometry, *, pad: bool) -> None:
-        """pad: give every call a multiple of 8 rows, so that bits do not depend on the batch (`bitwise`)."""
-        self.order = np.argsort(pairs.slot, kind="stable")
-        self.pairs = pairs.take(self.order)
+        """pad: give every call a shape that makes a pair's bits depend on its row and span alone (`bitwise`)."""
         self.geometry = geometry
         self._pad = pad
-        self._calls = [self._call(first, num, rows, at) for first, num, rows, at in self._runs()]
+        by_slot = pairs.slot.argsort(kind="stable")
+        slots, begins, rows = runs_of_equal(pairs.slot[by_slot])
+        groups = _groups(slots, rows)
+        if len(groups) > 1:
+            order = np.concatenate([group for group, _ in groups])       # slots in the order of calls
+            by_slot = np.concatenate([by_slot[begins[i] : begins[i] + rows[i]] for i in order])
+        self.order = by_slot
+        self._pairs = pairs.take(by_slot)
+        self._calls: list[Call] = []
+        done = 0
+        for group, adjacent in groups:
+            width = int(rows[group[0]])
+            stop = done + len(group) * width
+            self._calls.append(self._call(slots[group], adjacent, slice(done, stop), width))
+            done = stop
+        self._buffer: Tensor | None = None
 
     def run(self, q: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """q [T, H, d], kv [num_slots, 2, Hk, S, d] -> out [P, G, Hk, d] and lse [P, G, Hk], float32."""
-        heads = q.reshape(q.shape[0] * self.geometry.kv_heads, -1)
-        parts = [self._attend(call, heads, kv, scale) for call in self._calls]
+        parts: list[tuple[Tensor, Tensor]] = []
+        slot_bytes = kv.stride(1) * 2 * kv.itemsize
+        for call in self._calls:
+            query, num = self._query(call, q), len(call.slots)
+            long = num * slot_bytes >= COPY_BYTES and torch.get_num_threads() == 1
+            if call.adjacent and not long:
+                parts.append(self._attend(call, query, kv.narrow(0, int(call.slots[0]), num), call.mask, scale))
+                continue
+            step = max(1, TILE_BYTES // slot_bytes)
+            for i, tile in enumerate(call.copies(step)):
+                part = slice(i * step, (i + 1) * step)
+                mask = call.mask if call.mask is None else call.mask[part]
+                copied = tile.gather(kv, self._room(kv), heads_first=False)
+                parts.append(self._attend(call, query[part], copied, mask, scale))
         if len(parts) == 1:
             return parts[0]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
-    def _attend(self, call: Call, heads: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        g = self.geometry
-        rows = call.padded * g.group
-        query = heads.index_select(0, call.query).view(1 if call.shared else call.num, g.kv_heads, rows, kv.shape[-1])
-        if call.shared:
-            query = query.expand(call.num, -1, -1, -1)
-        slots = kv[call.first : call.first + call.num]
-        out, lse = _flash(query, slots[:, 0], slots[:, 1], 0.0, False, attn_mask=call.mask, scale=scale)
-        out = out.transpose(1, 2).unflatten(1, (call.padded, g.group))       # [num, padded, G, Hk, d], contiguous
-        lse = lse.transpose(1, 2).unflatten(1, (call.padded, g.group))
+    def _query(self, call: Call, q: Tensor) -> Tensor:
+        """[n, Hk, padded*G, d], a view or one gather."""
+        group, heads, dim, num = self.geometry.group, self.geometry.kv_heads, q.shape[-1], len(call.slots)
+        if call.query is not None:
+            q = q.reshape(q.shape[0] * heads, group * dim).index_select(0, call.query)
+        q = q.view(1 if call.shared else num, heads, call.padded * group, dim)
+        return q.expand(num, -1, -1, -1) if call.shared else q
+
+    def _attend(
+        self, call: Call, query: Tensor, slots: Tensor, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        group, (num, heads, _, dim) = self.geometry.group, query.shape
+        keys, values = slots.unbind(1)
+        twice = self._pad and num * heads == 1                           # see the module's docstring
+        if twice:
+            query, keys, values = (x.expand(2, -1, -1, -1) for x in (query, keys, values))
+        out, lse = flash(query, keys, values, 0.0, False, attn_mask=mask, scale=scale)
+        out, lse = out.transpose(1, 2), lse.transpose(1, 2)              # contiguous: [n, padded*G, Hk, d]
+        if twice:
+            out, lse = out[:1], lse[:1]
         if call.padded != call.rows:
-            out, lse = out[:, : call.rows], lse[:, : call.rows]
-        return out.flatten(0, 1).float(), lse.flatten(0, 1)
+            out, lse = out[:, : call.rows * group], lse[:, : call.rows * group]
+        shape = (num * call.rows, group, heads)
+        return out.reshape(*shape, dim).float(), lse.reshape(shape)
 
-    def _runs(self) -> list[tuple[int, int, int, int]]:
-        """(first slot, number of slots, rows per slot, index of the first pair), over maximal runs of adjacent slots."""
-        slots, starts, rows = np.unique(self.pairs.slot, return_index=True, return_counts=True)
-        cuts = np.flatnonzero((np.diff(slots) != 1) | (np.diff(rows) != 0)) + 1
-        edges = [0, *cuts.tolist(), len(slots)]
-        return [(int(slots[a]), b - a, int(rows[a]), int(starts[a])) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+    def _room(self, kv: Tensor) -> Tensor:
+        """The buffer for copied slots, shared by the calls of a plan and by all layers."""
+        if self._buffer is None or self._buffer.dtype != kv.dtype:
+            slot = kv[0].numel()
+            most = max(len(call.slots) for call in self._calls)
+            self._buffer = torch.empty(min(most * slot, max(slot, TILE_BYTES // kv.itemsize)), dtype=kv.dtype)
+        return self._buffer
 
-    def _call(self, first: int, num: int, rows: int, at: int) -> Call:
-        g, pairs = self.geometry, self.pairs
-        part = slice(at, at + num * rows)
+    def _call(self, slots: np.ndarray, adjacent: bool, part: slice, rows: int) -> Call:
+        g, pairs, num = self.geometry, self._pairs, len(slots)
         padded = rows
         if self._pad:
             while (padded * g.group) % PAD_ROWS:
                 padded += 1
-        row = _pad(pairs.row[part].reshape(num, rows), padded)
-        shared = bool((row == row[0]).all())
+        row = _widen(pairs.row[part].reshape(num, rows), padded)
+        shared = num > 1 and bool((row == row[0]).all())
         if shared:
             row = row[:1]
-        query = (row[:, None, :] * g.kv_heads + np.arange(g.kv_heads)[None, :, None]).reshape(-1)
-        start, stop = (_pad(x[part].reshape(num, rows), padded) for x in (pairs.start, pairs.stop))
+        query = None
+        if padded > 1 or len(row) != g.num_rows or not (row[:, 0] == np.arange(len(row))).all():
+            query = torch.from_numpy((row[:, None, :] * g.kv_heads + np.arange(g.kv_heads)[:, None]).reshape(-1))
+        start, stop = pairs.start[part], pairs.stop[part]
         mask = None
         if start.any() or (stop != g.span_tokens).any():
-            mask = additive_mask(start, stop, g)
-        return Call(first, num, rows, padded, torch.from_numpy(query), shared, mask)
+            mask = additive_mask(_widen(start.reshape(num, rows), padded), _widen(stop.reshape(num, rows), padded), g)
+        return Call(slots, adjacent, rows, padded, query, shared, mask, {})
+
+
+def _groups(slots: np.ndarray, rows: np.ndarray) -> list[tuple[np.ndarray, bool]]:
+    """Which slots go in one call: (indices into `slots`, adjacent). A call's slots are read by equally many rows."""
+    cuts = (np.diff(slots) != 1) | (np.diff(rows) != 0)
+    edges = [0, *(cuts.nonzero()[0] + 1).tolist(), len(slots)]
+    runs = [np.arange(a, b) for a, b in pairwise(edges)]
+    groups = [(run, True) for run in runs if len(run) >= LONG_RUN]
+    short: dict[int, list[np.ndarray]] = {}
+    for run in runs:
+        if len(run) < LONG_RUN:
+            short.setdefault(int(rows[run[0]]), []).append(run)
+    for same in short.values():
+        groups += [(run, True) for run in same] if len(same) <= 2 else [(np.concatenate(same), False)]
+    return groups
 
 
 def additive_mask(start: np.ndarray, stop: np.ndarray, geometry: Geometry) -> Tensor:
     """0 where start <= offset < stop, else -inf: [num, 1, rows * G or 1, S] for intervals [num, rows]."""
-    offset = torch.arange(geometry.span_tokens)
-    first, last = torch.from_numpy(start)[..., None], torch.from_numpy(stop)[..., None]
-    hidden = (offset < first) | (offset >= last)                             # [num, rows, S]
+    offset = np.arange(geometry.span_tokens)
+    hidden = torch.from_numpy((offset < start[..., None]) | (offset >= stop[..., None]))     # [num, rows, S]
     mask = torch.zeros(hidden.shape, dtype=geometry.dtype).masked_fill_(hidden, float("-inf"))
     if start.shape[1] > 1 and geometry.group > 1:
         mask = mask.repeat_interleave(geometry.group, dim=1)
     return mask[:, None]
 
 
-def _pad(rows: np.ndarray, width: int) -> np.ndarray:
+def _widen(rows: np.ndarray, width: int) -> np.ndarray:
     """Repeat the last column until there are `width`."""
-    return np.concatenate([rows, np.repeat(rows[:, -1:], width - rows.shape[1], axis=1)], axis=1)
+    if rows.shape[1] == width:
+        return rows
+    return np.concatenate([rows, rows[:, -1:].repeat(width - rows.shape[1], axis=1)], axis=1)

@@ -1,14 +1,14 @@
 """Attention of a long chunk of one sequence on the CPU: gather its keys once, then one or two fused calls.
 
-With many rows the cost is arithmetic, not reading: copying the keys of the visible spans into one contiguous staging buffer
-is a few per cent, and buys calls over thousands of keys at once.
+With many rows the cost is arithmetic, not reading: copying the keys of the visible spans into one contiguous buffer is
+a few per cent, and buys calls over thousands of keys at once.
 
     keys    |------ past: every row sees all ------|-- own: row t sees the first t+1 --|
             0                                      p0                                  p0 + T
             one call without mask                  one call, is_causal (top-left aligned, which is right here)
 
-Anything else (a window, scattered positions, missing spans) goes the general way: spans seen whole by every row in one call
-without mask, the others in one call with an additive mask made from positions.
+Anything else (a window, scattered positions, missing spans) goes the general way: spans that every row sees whole in
+calls without mask, the others in calls with an additive mask made from positions.
 """
 
 from __future__ import annotations
@@ -19,40 +19,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvbank.kernels.cpu_attention import Geometry, _flash
-from kvbank.kernels.segments import Segment
+from kvbank.kernels.cpu_attention import SlotRows, flash
+from kvbank.kernels.segments import Geometry, Segment
 
 STAGED_TOKENS = 8192                         # keys gathered at once: bounds the staging buffer
 
+_Partial = tuple[Tensor, Tensor]
+
 
 class Staging:
-    """One buffer for the gathered keys and values, reused by all layers and segments of a plan."""
+    """One buffer for gathered keys and values, reused by all layers and segments of a plan."""
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
 
-    def gather(self, kv: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of the slots in that order, [Hk, n*S, d] each; valid until the next gather."""
-        _, two, heads, tokens, dim = kv.shape
-        num = slots.shape[0]
-        need = two * heads * num * tokens * dim
+    def room(self, num_slots: int, kv: Tensor) -> Tensor:
+        """At least `num_slots` slots of kv, flat; valid until the next call."""
+        need = num_slots * kv[0].numel()
         if self._buffer is None or self._buffer.numel() < need or self._buffer.dtype != kv.dtype:
             self._buffer = torch.empty(need, dtype=kv.dtype)
-        staged = self._buffer[:need].view(two, heads, num, tokens, dim)
-        torch.index_select(kv.permute(1, 2, 0, 3, 4), 2, slots, out=staged)
-        keys, values = staged.flatten(2, 3)
-        return keys, values
+        return self._buffer
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Keys that one gather brings and the calls over them."""
+    """Keys that one gather brings, and the calls over them: |-- past --|-- own or masked --|, either may be empty."""
 
-    slots: Tensor                            # [n] int64
+    slots: SlotRows
+    num_slots: int
     past: int                                # tokens from the front that every row sees
-    own: bool                                # behind them: the T keys of the rows themselves, causal
-    mask: Tensor | None                      # behind them: additive [T, rest]; rows that see none of it are `blind`
-    blind: Tensor | None                     # [T] bool
+    own: bool = False                        # behind them: the T keys of the rows themselves, causal
+    mask: Tensor | None = None               # behind them: additive [T, rest], in q's dtype
+    blind: Tensor | None = None              # [T] bool, rows that see none of what is masked; None: all see something
 
 
 class ChunkAttention:
@@ -68,45 +66,40 @@ class ChunkAttention:
     def sees_nothing(self) -> bool:
         return not self._parts
 
-    def run(self, q: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def run(self, q: Tensor, kv: Tensor, scale: float) -> _Partial:
         """q [all rows, H, d] -> out [T, H, d] and lse [T, H] of this segment's rows, float32."""
         g = self._geometry
         query = q[self.rows].unflatten(1, (g.kv_heads, g.group)).permute(1, 2, 0, 3)       # [Hk, G, T, d]
-        merged: tuple[Tensor, Tensor] | None = None
+        merged: _Partial | None = None
         for part in self._parts:
-            keys, values = self._staging.gather(kv, part.slots)
-            for partial in self._calls(part, query, keys[:, None], values[:, None], scale):
+            staged = part.slots.gather(kv, self._staging.room(part.num_slots, kv), heads_first=True)
+            keys, values = (x.flatten(1, 2)[:, None].expand(-1, g.group, -1, -1) for x in staged)
+            for partial in _calls(part, query, keys, values, scale):                       # G heads read one KV head
                 merged = partial if merged is None else _merge(merged, partial)
         assert merged is not None, "a segment that sees nothing is not run"
         out, lse = merged
         return out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
 
-    def _calls(self, part: Part, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> list[tuple[Tensor, Tensor]]:
-        calls = []
-        if part.past:
-            calls.append(_fused(query, keys[:, :, : part.past], values[:, :, : part.past], None, False, scale))
-        if part.own:
-            own = slice(part.past, part.past + query.shape[2])
-            calls.append(_fused(query, keys[:, :, own], values[:, :, own], None, True, scale))
-        elif part.mask is not None:
-            rest = slice(part.past, part.past + part.mask.shape[-1])
-            out, lse = _fused(query, keys[:, :, rest], values[:, :, rest], part.mask, False, scale)
-            if part.blind is not None:
-                lse = lse.masked_fill(part.blind, float("-inf"))             # the op says out 0, but lse 0
-            calls.append((out, lse))
-        return calls
+
+def _calls(part: Part, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> list[_Partial]:
+    """keys, values: [Hk, G, tokens, d]."""
+    calls = []
+    past, rest = slice(0, part.past), slice(part.past, None)
+    if part.past:
+        calls.append(flash(query, keys[:, :, past], values[:, :, past], 0.0, False, scale=scale))
+    if part.own:
+        own = slice(part.past, part.past + query.shape[2])
+        calls.append(flash(query, keys[:, :, own], values[:, :, own], 0.0, True, scale=scale))
+    elif part.mask is not None:
+        out, lse = flash(query, keys[:, :, rest], values[:, :, rest], 0.0, False, attn_mask=part.mask, scale=scale)
+        if part.blind is not None:
+            lse = lse.masked_fill(part.blind, float("-inf"))             # the op says out 0, but also lse 0
+        calls.append((out, lse))
+    return [(out.float(), lse) for out, lse in calls]
 
 
-def _fused(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    keys, values = (x.expand(-1, query.shape[1], -1, -1) for x in (keys, values))          # G heads read one KV head
-    out, lse = _flash(query, keys, values, 0.0, causal, attn_mask=mask, scale=scale)
-    return out.float(), lse
-
-
-def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Two partials in two ops: b's share is sigmoid(lse_b - lse_a). Where neither side sees anything, a stays."""
+def _merge(a: _Partial, b: _Partial) -> _Partial:
+    """Two partials in few ops: b's share is sigmoid(lse_b - lse_a); where both are blind (NaN), a's zero stays."""
     (out_a, lse_a), (out_b, lse_b) = a, b
     share = torch.sigmoid(lse_b - lse_a).nan_to_num_(0.0)
     return torch.lerp(out_a, out_b, share[..., None]), torch.logaddexp(lse_a, lse_b)
@@ -129,12 +122,11 @@ def _parts(segment: Segment, g: Geometry, window: int | None) -> list[Part]:
     if consecutive and not start.any() and np.array_equal(spans[own, 0], np.arange(first, last + 1)):
         return _causal_parts(spans[~own, 1], spans[own, 1], int(positions[0]) % size, size)
     whole = (start == 0).all(1) & (stop == size).all(1)
-    parts = [Part(torch.from_numpy(slots), len(slots) * size, False, None, None)
+    parts = [Part(SlotRows(slots), len(slots), past=len(slots) * size)
              for slots in _tiles(spans[whole, 1], size)]
-    ragged = np.flatnonzero(~whole)
-    for tile in _tiles(ragged, size):
+    for tile in _tiles((~whole).nonzero()[0], size):
         mask, blind = _mask(start[tile], stop[tile], g)
-        parts.append(Part(torch.from_numpy(spans[tile, 1]), 0, False, mask, blind))
+        parts.append(Part(SlotRows(spans[tile, 1]), len(tile), past=0, mask=mask, blind=blind))
     return parts
 
 
@@ -142,8 +134,9 @@ def _causal_parts(past: np.ndarray, own: np.ndarray, offset: int, size: int) -> 
     """The past in tiles; the last tile rides in the same gather as the chunk's own spans."""
     tiles = _tiles(past, size)
     tail = tiles.pop() if tiles else past
-    parts = [Part(torch.from_numpy(tile), len(tile) * size, False, None, None) for tile in tiles]
-    return [*parts, Part(torch.from_numpy(np.concatenate([tail, own])), len(tail) * size + offset, True, None, None)]
+    parts = [Part(SlotRows(tile), len(tile), past=len(tile) * size) for tile in tiles]
+    last = np.concatenate([tail, own])
+    return [*parts, Part(SlotRows(last), len(last), past=len(tail) * size + offset, own=True)]
 
 
 def _tiles(items: np.ndarray, size: int) -> list[np.ndarray]:
@@ -155,7 +148,7 @@ def _mask(start: np.ndarray, stop: np.ndarray, g: Geometry) -> tuple[Tensor, Ten
     """Intervals [n, T] -> additive mask [T, n*S], and which rows see none of it (None: all see something)."""
     offset = np.arange(g.span_tokens)
     hidden = (offset < start[..., None]) | (offset >= stop[..., None])       # [n, T, S]
-    hidden = torch.from_numpy(hidden).permute(1, 0, 2).flatten(1)
-    mask = torch.zeros(hidden.shape, dtype=g.dtype).masked_fill_(hidden, float("-inf"))
-    blind = hidden.all(1)
+    flat = torch.from_numpy(hidden).permute(1, 0, 2).flatten(1)
+    mask = torch.zeros(flat.shape, dtype=g.dtype).masked_fill_(flat, float("-inf"))
+    blind = flat.all(1)
     return mask, blind if bool(blind.any()) else None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def rope_tables(positions: Tensor, inv_freq: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
-    """cos and sin of [T, d] float32, each row [c0 .. c(d/2-1), c0 .. c(d/2-1)], times `scaling` (YaRN's attention factor).
+    """cos and sin, [T, d] float32, each row [c0 .. c(d/2-1), c0 .. c(d/2-1)], times `scaling` (YaRN's factor).
 
     positions: [T] int64; inv_freq: [d/2] float32, radians per token. Made once per step, shared by all layers.
     """
@@ -42,8 +42,7 @@ def rerotate(k: Tensor, delta: Tensor | int, inv_freq: Tensor) -> Tensor:
     """Move rotated keys by `delta` tokens: R(p + delta) = R(delta) R(p) (CacheBlend, arXiv 2405.16444).
 
     k: [T, kv_heads, head_dim]; delta: one int for all rows, or [T] int64, may be negative. Values need no such thing.
-    Exact to rounding (float32: relative 1e-7 for any delta up to 120K). Scaled tables (YaRN) keep their factor: only the
-    angle changes.
+    Exact to rounding. Keys rotated with scaled tables (YaRN) keep their factor: only the angle changes.
     """
     if isinstance(delta, int):
         delta = torch.tensor([delta], device=k.device)
