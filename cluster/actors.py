@@ -82,7 +82,7 @@ class RayLauncher:
         quiet: dict[str, Any] = {"namespace": marker, "log_to_driver": False, "logging_level": logging.ERROR}
         with marked_environment(marker if self.owns_ray else None):
             if self.owns_ray:
-                ray.init(address="local", include_dashboard=False, _temp_dir=str(folder),
+                ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), _node_ip_address="127.0.0.1",
                          object_store_memory=OBJECT_STORE_BYTES, **quiet)
                 return
             try:
@@ -119,7 +119,7 @@ class RayLauncher:
         except GetTimeoutError:
             answer = {"error": KVBankError.code, "message": f"it was not ready within {within_s:.0f} s"}
         except RayError as error:
-            answer = {"error": KVBankError.code, "message": f"its actor died: {str(error).splitlines()[0]}"}
+            answer = {"error": KVBankError.code, "message": f"its actor died: {_in_short(error)}"}
         if "address" in answer:
             return str(answer["address"])
         self.stop([name], grace_s=0.0)
@@ -168,6 +168,11 @@ class RayLauncher:
         """Whether actors of another cluster live on our Ray."""
         named: list[Any] = ray.util.list_named_actors(all_namespaces=True)
         return any(n["namespace"].startswith("kvbank-") and n["namespace"] != self._marker for n in named)
+
+
+def _in_short(error: RayError) -> str:
+    """The last line of what Ray says, which is the error itself when there is one."""
+    return [line for line in str(error).splitlines() if line.strip()][-1].strip()
 
 
 def _answer(call: Any, give_up: float) -> Any:

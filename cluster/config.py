@@ -177,8 +177,7 @@ class Settings:
 
     def with_values(self, source: str, **values: Any) -> Settings:
         """The same settings with some leaves changed and checked again; `source` is noted for them."""
-        leaves = {_FIELDS[key][0] + "." + key: value for key, value in values.items()}
-        return _check(_apply(self, leaves, source))
+        return _check(_apply(self, _leaves(values, source), source))
 
     def _walk(self) -> Iterator[tuple[str, str, Any]]:
         for section in SECTIONS:

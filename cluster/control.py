@@ -27,6 +27,7 @@ from kvbank.cluster.membership import (
     Gone,
     Heard,
     Joined,
+    Late,
     Leave,
     Load,
     Membership,
@@ -115,7 +116,8 @@ class Control:
             effects = self._take(Heard(report.id, report.session, report.seq, _load(report)))
             if any(isinstance(effect, Unknown) for effect in effects):
                 return pb.Advice(register_again=True)
-            self._directory.on(Held(report.id, _split(report.keys_added), _split(report.keys_removed), report.full))
+            if not any(isinstance(effect, Late) for effect in effects):
+                self._directory.on(Held(report.id, _split(report.keys_added), _split(report.keys_removed), report.full))
             missed = any(isinstance(effect, Missed) for effect in effects)
             members = [_member(view.facts) for view in self._members.views(self._clock())]
         return pb.Advice(members=members, send_full=not report.full and (missed or report.seq == 1))

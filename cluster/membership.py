@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
 
 PROTOCOL = 1                         # of every .proto together; raised when an older peer could misread us
-Kind = Literal["model", "lender", "gateway"]
 RETIRED_BOOTS = 8                    # replaced processes remembered per id, so that a zombie cannot take its name back
 
 
@@ -130,6 +128,13 @@ class Missed:
 
 
 @dataclass(frozen=True, slots=True)
+class Late:
+    """A duplicate, or overtaken by a newer report: it says nothing new."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Joined:
     facts: Facts
 
@@ -141,7 +146,7 @@ class Gone:
 
 
 Event = Register | Heard | Leave | Tick
-Effect = Admitted | Refused | Unknown | Missed | Joined | Gone
+Effect = Admitted | Refused | Unknown | Missed | Late | Joined | Gone
 
 
 @dataclass(slots=True)
@@ -188,17 +193,19 @@ class Membership:
         facts = event.facts
         if error := self._disagreement(event):
             return [Refused(error)]
-        effects: list[Effect] = []
         seat = self._seats.get(facts.id)
-        if seat is not None and seat.facts.boot != facts.boot:
-            retired = self._retired.setdefault(facts.id, [])
-            retired.append(seat.facts.boot)
-            del retired[:-RETIRED_BOOTS]
-            effects.append(Gone(seat.facts, "replaced"))
         self._next_session += 1
-        load = seat.load if seat is not None and seat.facts.boot == facts.boot else Load()
-        self._seats[facts.id] = _Seat(facts, event.versions, self._next_session, now, load=load)
-        return [*effects, Admitted(self._next_session), Joined(facts)]
+        admitted = Admitted(self._next_session)
+        if seat is not None and seat.facts.boot == facts.boot:   # the same process again: its reply was lost
+            self._seats[facts.id] = _Seat(facts, event.versions, admitted.session, now, load=seat.load)
+            return [admitted]
+        self._seats[facts.id] = _Seat(facts, event.versions, admitted.session, now)
+        if seat is None:
+            return [admitted, Joined(facts)]
+        retired = self._retired.setdefault(facts.id, [])
+        retired.append(seat.facts.boot)
+        del retired[:-RETIRED_BOOTS]
+        return [Gone(seat.facts, "replaced"), admitted, Joined(facts)]
 
     def _disagreement(self, event: Register) -> str:
         """Why this member may not be in one cluster with us and the others; empty when it may."""
@@ -227,7 +234,7 @@ class Membership:
         if seat is None or seat.session != event.session:
             return [Unknown(event.id)]
         if event.seq <= seat.seq:
-            return []                                    # a duplicate, or overtaken by a newer one: says nothing new
+            return [Late(event.id)]
         missed = event.seq != seat.seq + 1
         seat.heard, seat.seq, seat.load = now, event.seq, event.load
         return [Missed(event.id)] if missed else []
@@ -253,8 +260,3 @@ class Membership:
                     counts[suspect] = counts.get(suspect, 0) + 1
         talkers = sum(1 for seat in self._seats.values() if seat.facts.kind == "model")
         return {name: count for name, count in counts.items() if count * 2 >= max(1, talkers - 1)}
-
-
-def newer(facts: Facts, **changes: object) -> Facts:
-    """The same member after a restart or a move; for tests and simulators."""
-    return replace(facts, **changes)  # type: ignore[arg-type]

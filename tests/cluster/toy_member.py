@@ -1,4 +1,4 @@
-"""A member whose parts compute nothing: for tests of what starts, watches and ends members. Runs as a program or an actor.
+"""A member whose parts compute nothing, for tests of what starts, watches and ends members. A program, or an actor.
 
 The part's behaviour is chosen by files in the model folder, so that a test can change it from outside:
 refuse (text of a ConfigError at start), crash (exit at start), slow (seconds before it serves), deaf (ignores SIGTERM),
@@ -39,12 +39,12 @@ class Toy:
             print("toy: something is very wrong", file=sys.stderr, flush=True)
             os._exit(7)
         if "brood" in asked:
-            subprocess.Popen([sys.executable, "-c", "import signal, time\nsignal.signal(15, signal.SIG_IGN)\ntime.sleep(600)"])
+            subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, 1); time.sleep(600)"])
         time.sleep(float(asked.get("slow", 0)))
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind(("127.0.0.1", 0))
         self._socket.listen()
-        return "127.0.0.1:%d" % self._socket.getsockname()[1]
+        return f"127.0.0.1:{self._socket.getsockname()[1]}"
 
     def stop(self) -> None:
         if "deaf" in self._asked():
@@ -78,7 +78,7 @@ class ToyGateway(Toy):
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind(("127.0.0.1", self.config["settings"]["port"]))
         self._socket.listen()
-        return "http://127.0.0.1:%d" % self._socket.getsockname()[1]
+        return f"http://127.0.0.1:{self._socket.getsockname()[1]}"
 
 
 def build(config: Config, line: Heartbeat | None) -> Part:
