@@ -39,10 +39,16 @@ def prompt_body(prompt: Prompt) -> Any:
     except TypeError:
         raise InvalidRequest(f"a prompt is a string, token ids or Segments, not {type(prompt).__name__}") from None
     if any(isinstance(part, Segment) for part in parts):
-        if not all(isinstance(part, (Segment, str)) for part in parts):
-            raise InvalidRequest("a prompt of Segments may hold Segments and strings only")
-        return [part.body() if isinstance(part, Segment) else Segment(part, reusable=False).body() for part in parts]
+        return [_segment(part).body() for part in parts]
     return [part if isinstance(part, int) else _integer(part) for part in parts]
+
+
+def _segment(part: Any) -> Segment:
+    if isinstance(part, str):
+        return Segment(part, reusable=False)
+    if not isinstance(part, Segment):
+        raise InvalidRequest("a prompt of Segments may hold Segments and strings only")
+    return part
 
 
 def _integer(value: Any) -> int:
@@ -178,8 +184,10 @@ class Status:
             for worker in body["workers"]
         ]
         return cls(
-            workers=workers, loans=[take(LoanStatus, loan) for loan in body["loans"]],
-            jobs=[JobStatus.read(job) for job in body["jobs"]], tiers=[take(TierStatus, tier) for tier in body["tiers"]],
+            workers=workers,
+            loans=[take(LoanStatus, loan) for loan in body["loans"]],
+            jobs=[JobStatus.read(job) for job in body["jobs"]],
+            tiers=[take(TierStatus, tier) for tier in body["tiers"]],
         )
 
 

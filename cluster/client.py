@@ -1,4 +1,4 @@
-"""Client and AsyncClient: submit long-context jobs, stream them as often as you like, read receipts and the cluster's state.
+"""Client and AsyncClient: submit long-context jobs, stream them as often as you like, read receipts and status.
 
     client = Client("http://127.0.0.1:8000")
     job = client.submit("a very long prompt", max_tokens=64)
@@ -49,7 +49,7 @@ STREAM_RETRIES = 3                   # reconnects in a row without news
 
 
 class Client:
-    """A connection pool to one gateway. `timeout_s` bounds every single answer, and `result` where it names no other."""
+    """A connection pool to one gateway. `timeout_s` bounds every answer, and `result` where that names no other."""
 
     def __init__(self, address: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> None:
         self._wire = _Wire(address, api_key, timeout_s)
@@ -60,7 +60,7 @@ class Client:
         seed: int | None = None, stop: str | list[str] | None = None, stop_token_ids: list[int] | None = None,
         ignore_eos: bool = False, policy: str = "exact", job_id: str | None = None, deadline_s: float | None = None,
     ) -> Job:
-        """Hand a job in and return at once. With the same `job_id` and content it returns the job that is already there."""
+        """Hand a job in and return at once. The same `job_id` with the same content is the job already there."""
         body = _body(locals())
         for last in (False, True):                   # the job has a name: sending it twice makes one job
             try:
@@ -404,7 +404,8 @@ class _Waiting:
             return Result.read(body["result"])
         if time.monotonic() >= self._until:
             raise DeadlineExceeded(
-                f"job {self.job_id} is not finished after {self.timeout_s:g} s; it runs on: call result again or cancel it"
+                f"job {self.job_id} is not finished after {self.timeout_s:g} s; it runs on: call result again, or "
+                "cancel it"
             )
         return None
 

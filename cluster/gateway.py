@@ -1,8 +1,8 @@
 """Gateway: the life of a job, from admission to its receipt.
 
-A job belongs to the gateway, an attempt belongs to a worker. The gateway keeps the prompt and every token that was streamed;
-when a worker dies, is silent or gives the job back, the next attempt goes elsewhere with what was emitted, and whoever reads
-the stream sees neither a gap nor a repeat: tokens count only from the current attempt and only at the next index.
+A job belongs to the gateway, an attempt to a worker (attempt.py). The gateway keeps the prompt and every token that was
+streamed; when a worker dies, is silent or gives the job back, the next attempt goes elsewhere with what was emitted,
+and whoever reads the stream sees neither a gap nor a repeat.
 
     submit -> [queued: no lane] -> attempt 1 -> tokens ... -> done
                                       | lost: attempt + 1, another worker
@@ -20,34 +20,18 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
-import grpc.aio
-import numpy as np
-
+from kvbank.cluster.attempt import Attempt, Lost, ending_error, receipt_body
 from kvbank.cluster.intake import JobSpec
 from kvbank.cluster.job import Job, TextStream
 from kvbank.cluster.links import Links
 from kvbank.cluster.meters import Meters
 from kvbank.cluster.roster import RecentPrefixes, Worker
-from kvbank.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    InvalidRequest,
-    KVBankError,
-    NotFound,
-    Overloaded,
-    Unavailable,
-    from_code,
-)
+from kvbank.errors import InvalidRequest, KVBankError, NotFound, Overloaded, Unavailable
 from kvbank.proto import jobs_pb2
 
 log = logging.getLogger(__name__)
-
-# Codes a worker may answer that say something about it and not about the job: another worker may do better.
-_ELSEWHERE = frozenset({"unavailable", "overloaded", "internal", "model_error", "config_error"})
-_PLAIN_MESSAGE = {"internal", "model_error", "config_error"}      # never shown as a worker worded them
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayLimits:
@@ -76,14 +60,6 @@ class Members(Protocol):
     def workers(self) -> list[Worker]: ...
     async def holders(self, keys: bytes) -> dict[str, int]: ...
     def on_change(self, listener: Callable[[], None]) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Lost:
-    """An attempt that ended without an outcome."""
-
-    reason: str
-    refusal: KVBankError | None = None      # the worker answered, and does not want the job
 
 
 class Gateway:
@@ -340,7 +316,7 @@ class Gateway:
 
     def _check_ending(self, job: Job) -> None:
         if job.ending:
-            raise _ending_error(job)
+            raise ending_error(job)
 
     def _members_changed(self) -> None:
         self._room.set()
@@ -350,188 +326,49 @@ class Gateway:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    # ------------------------------------------------------------------ one attempt
-
-    async def _attempt(self, job: Job, worker: Worker) -> _Lost | None:
-        """Run the job on one worker. None: it is over. Otherwise why this attempt came to nothing."""
+    async def _attempt(self, job: Job, worker: Worker) -> Lost | None:
+        """Run the job on one worker, with what it costs there kept in the books meanwhile."""
         job.attempt += 1
         job.worker = worker.id
         job.progress.state, job.progress.waits_for = "queued", ""
-        self._lanes[worker.address] = self._lanes.get(worker.address, 0) + 1
-        self._pending[worker.id] = self._pending.get(worker.id, 0) + job.prompt_tokens
         self._recent.note(job.keys, worker)
-        counted = True
-        call = self._links.submit(worker.address)
-        loop = asyncio.get_running_loop()
+        owed = job.prompt_tokens                     # until its first token, the prompt is work that waits there
+        self._lanes[worker.address] = self._lanes.get(worker.address, 0) + 1
+        self._pending[worker.id] = self._pending.get(worker.id, 0) + owed
+
+        def on_tokens(count: int) -> None:
+            nonlocal owed
+            self._pending[worker.id] -= owed
+            owed = 0
+            self.meters.tokens(job, count)
+
+        attempt = Attempt(
+            job, self._links.submit(worker.address), silence_s=self.limits.silence_s, grace_s=self.limits.grace_s,
+            clock=self._clock, on_tokens=on_tokens, on_stop=lambda: self._end(job, "stop"),
+        )
         try:
-            async with asyncio.timeout(self.limits.silence_s) as silence:
-                await call.write(jobs_pb2.SubmitRequest(job=self._message(job)))
-                job.call = call
-                if job.ending:                       # asked to end while the job was being written
-                    self._send_cancel(job, job.ending)
-                while True:
-                    reply = await call.read()
-                    if reply is grpc.aio.EOF:
-                        return self._settle(job, None) if job.ending else _Lost("stream_ended")
-                    silence.reschedule(loop.time() + self.limits.silence_s)
-                    kind = reply.WhichOneof("kind")
-                    if kind == "tokens":
-                        if counted:
-                            self._pending[worker.id] -= job.prompt_tokens
-                            counted = False
-                        if not self._take(job, reply.tokens):
-                            return _Lost("token_gap")
-                    elif kind == "progress":
-                        self._note_progress(job, reply.progress)
-                    elif kind == "done":
-                        return self._settle(job, reply.done)
-                    elif kind == "failed":
-                        return self._failed(job, reply.failed)
-        except grpc.aio.AioRpcError as error:
-            return self._settle(job, None) if job.ending else _Lost(error.code().name.lower())
-        except asyncio.InvalidStateError:            # the call was over before the job was written
-            return self._settle(job, None) if job.ending else _Lost("unavailable")
-        except TimeoutError:
-            return self._settle(job, None) if job.ending else _Lost("silent")
-        except asyncio.CancelledError:
-            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
-                raise                                # this task, and not only the call, is being cancelled
-            return self._settle(job, None) if job.ending else _Lost("call_cancelled")
+            return await attempt.run()
         finally:
-            job.call = None
-            call.cancel()
             self._lanes[worker.address] -= 1
-            if counted:
-                self._pending[worker.id] -= job.prompt_tokens
+            self._pending[worker.id] -= owed
             self._room.set()
 
-    def _message(self, job: Job) -> jobs_pb2.Job:
-        spec = job.spec
-        left = 0
-        if spec.deadline_s is not None:
-            left = max(1, int(1000 * (job.started_at + spec.deadline_s - self._clock())))
-        return jobs_pb2.Job(
-            id=job.wire_id, attempt=job.attempt, tenant=spec.tenant, prompt=spec.prompt,
-            emitted=np.asarray(job.ids, dtype="<i4").tobytes(), max_tokens=spec.max_tokens,
-            sampling=jobs_pb2.Sampling(
-                temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k, seed=job.seed
-            ),
-            stop_token_ids=spec.stop_token_ids, ignore_eos=spec.ignore_eos, deadline_ms=left,
-            keys=job.keys if len(job.keys) + len(spec.prompt) < 3 << 20 else b"", age=job.age, policy=spec.policy,
-        )
-
-    def _take(self, job: Job, tokens: jobs_pb2.Tokens) -> bool:
-        """Append what is new; False when a token is missing in between. Nothing is taken once a stop string was seen."""
-        skip = len(job.ids) - tokens.first_index
-        if skip < 0:
-            return False
-        if job.ending:
-            return True
-        now = self._clock()
-        ids = np.frombuffer(tokens.ids, dtype="<i4")[skip:].tolist()
-        for token in ids:
-            job.take(token, now)
-            if job.text.stopped:
-                self._end(job, "stop")
-                break
-        self.meters.tokens(job, len(ids), now)
-        job.announce()
-        return True
-
-    def _note_progress(self, job: Job, progress: jobs_pb2.Progress) -> None:
-        job.progress.state, job.progress.waits_for = progress.state, progress.waits_for
-        job.progress.computed, job.progress.total = progress.computed, progress.total
-        job.announce()
-
-    def _failed(self, job: Job, failed: jobs_pb2.Failed) -> _Lost | None:
-        if job.ending:
-            return self._settle(job, None, failed.receipt)
-        message = failed.message
-        if failed.code in _PLAIN_MESSAGE:
-            log.warning("job worker_failed job=%s worker=%s code=%s message=%s",
-                        job.wire_id, job.worker, failed.code, message)
-            message = "the worker could not serve this job"
-        error = from_code(failed.code, message)
-        if failed.code in _ELSEWHERE:
-            return _Lost(failed.code, refusal=error)
-        job.receipt = _receipt(failed.receipt)
-        raise error
-
-    def _settle(
-        self, job: Job, done: jobs_pb2.Done | None, receipt: jobs_pb2.Receipt | None = None
-    ) -> None:
-        """The attempt ended as asked, or the job is complete."""
-        if done is not None:
-            receipt = done.receipt
-        if receipt is not None:
-            job.receipt = _receipt(receipt)
-        if job.ending == "stop":
-            job.finish_reason = "stop"
-        elif done is not None and done.finish_reason in ("stop", "length"):
-            job.finish_reason = done.finish_reason
-        elif job.ending:
-            raise _ending_error(job)
-        else:
-            raise Cancelled("the worker cancelled this job")
-
     def _end(self, job: Job, reason: str) -> None:
-        """Begin to end a job: tell its worker, and stop waiting for an answer after the grace period."""
+        """Begin to end a job, wherever it is."""
         if job.over or job.ending:
             return
         job.ending = reason
         job.wake.set()
-        if job.call is not None:
-            self._send_cancel(job, reason)
-
-    def _send_cancel(self, job: Job, reason: str) -> None:
-        call = job.call
-
-        async def tell() -> None:
-            try:
-                await call.write(jobs_pb2.SubmitRequest(cancel=jobs_pb2.Cancel(reason=reason)))
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
-                pass                                 # the stream is over: its reader knows
-
-        task = asyncio.create_task(tell())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        asyncio.get_running_loop().call_later(self.limits.grace_s, call.cancel)
+        if job.attempt_running is not None:
+            job.attempt_running.cancel(reason)
 
     def _finish_receipt(self, job: Job) -> None:
         """Numbers that only the gateway can know: of the whole job and not of its last attempt."""
-        receipt = job.receipt = {**_receipt(jobs_pb2.Receipt()), **job.receipt}
+        receipt = job.receipt = {**receipt_body(jobs_pb2.Receipt()), **job.receipt}
         receipt["prompt_tokens"] = job.prompt_tokens
         receipt["output_tokens"] = len(job.ids)
         receipt["ttft_s"] = max(0.0, job.first_token_at - job.started_at) if job.ids else 0.0
         receipt["total_s"] = job.ended_at - job.started_at
         receipt["attempts"] = job.attempt
         if job.attempt > 1:
-            again = min(receipt["computed_tokens"], job.prompt_tokens + len(job.ids))
-            receipt["recomputed_after_fault"] = max(receipt["recomputed_after_fault"], again)
-
-
-def _ending_error(job: Job) -> KVBankError:
-    if job.ending == "deadline":
-        return DeadlineExceeded(
-            f"the job's deadline of {job.spec.deadline_s:g} s passed after {len(job.ids)} of {job.spec.max_tokens} tokens"
-        )
-    if job.ending == "stopping":
-        return Unavailable("the cluster is stopping")
-    return Cancelled("the job was cancelled by its caller")
-
-
-def _receipt(receipt: jobs_pb2.Receipt) -> dict[str, Any]:
-    return {
-        "prompt_tokens": receipt.prompt_tokens,
-        "output_tokens": receipt.output_tokens,
-        "computed_tokens": receipt.computed_tokens,
-        "reused": dict(receipt.reused),
-        "missed": dict(receipt.missed),
-        "borrowed_blocks_peak": receipt.borrowed_blocks_peak,
-        "parked_blocks_peak": receipt.parked_blocks_peak,
-        "lenders": list(receipt.lenders),
-        "remote_attention_calls": receipt.remote_attention_calls,
-        "recomputed_after_fault": receipt.recomputed_after_fault,
-        "ttft_s": receipt.ttft_s,
-        "total_s": receipt.total_s,
-    }
+            receipt["recomputed_after_fault"] = max(receipt["recomputed_after_fault"], receipt["computed_tokens"])

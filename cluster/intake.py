@@ -50,7 +50,7 @@ class PromptSegment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
-    """A job as asked for, checked. `fingerprint` covers all that decides the answer: it makes a repeated job_id safe."""
+    """A job as asked for, checked. `fingerprint` covers all that decides the answer, so a repeated job_id is safe."""
 
     tenant: str
     prompt: bytes                    # token ids, int32 little-endian
@@ -80,7 +80,7 @@ SPEC_FIELDS = frozenset({
 
 
 class Intake:
-    """Checks and tokenises. `capacity_tokens` answers how many tokens the cluster can hold for one job, None: unknown."""
+    """Checks and tokenises. `capacity_tokens` says how many tokens the cluster can hold for one job, None: unknown."""
 
     def __init__(
         self, facts: ModelFacts, encode: Encode, *, capacity_tokens: Callable[[], int | None] = lambda: None
@@ -90,7 +90,7 @@ class Intake:
         self._capacity_tokens = capacity_tokens
 
     async def spec(self, body: Mapping[str, Any], *, tenant: str, temperature: float = 0.0) -> JobSpec:
-        """The job that `body` asks for; `temperature` is what its dialect means when it names none. Raises InvalidRequest."""
+        """The job that `body` asks for; `temperature` is its dialect's default. Raises InvalidRequest."""
         fields = Fields(body)
         fields.refuse_unknown(SPEC_FIELDS)
         max_tokens = fields.integer("max_tokens", 16, low=1, high=2**31 - 1)
@@ -191,8 +191,8 @@ class Intake:
         total = prompt + output
         if total > (limit := self.facts.max_position):
             raise TooLong(
-                f"the prompt has {prompt} tokens and max_tokens is {output}: {total} together, the model reads {limit}; "
-                f"shorten the prompt or ask for at most {max(0, limit - prompt)} tokens"
+                f"the prompt has {prompt} tokens and max_tokens is {output}: {total} together, the model reads "
+                f"{limit}; shorten the prompt or ask for at most {max(0, limit - prompt)} tokens"
             )
         capacity = self._capacity_tokens()
         if capacity is not None and total > capacity:
@@ -284,7 +284,9 @@ def _check_text(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidRequest(f"{where}: character {error.start} is a lone surrogate, which no text can contain") from None
+        raise InvalidRequest(
+            f"{where}: character {error.start} is a lone surrogate, which no text can contain"
+        ) from None
 
 
 def _shown(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Job: one job as the gateway knows it, from admission to the end of its retention.
 
-Holds the prompt while it may have to be sent again, every token and its text for streams that come late or twice, and the
-outcome. Changed only on the gateway's event loop; readers follow it with their own cursor, so none can slow another.
+Holds the prompt while it may have to be sent again, every token and its text for streams that come late or twice, and
+the outcome. Changed only on the gateway's event loop; readers follow it with their own cursor: none can slow another.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ class TextStream(Protocol):
 
     def push(self, ids: list[int]) -> str: ...
     def finish(self) -> str: ...
+
+
+class Running(Protocol):
+    """The attempt that runs a job now: attempt.py."""
+
+    def cancel(self, reason: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,7 @@ class Job:
     error: KVBankError | None = None
     first_token_at: float = 0.0
     ended_at: float = 0.0
-    call: Any = None                 # the open Submit stream of the current attempt
+    attempt_running: Running | None = None
     deadline: asyncio.TimerHandle | None = None
     readers: int = 0                 # completions that wait for it; the last one to leave cancels it
     wake: asyncio.Event = field(default_factory=asyncio.Event)       # set when `ending` is
@@ -95,11 +101,10 @@ class Job:
         self.texts.append(self.text.push([token]))
 
     def end(self, now: float, *, error: KVBankError | None = None) -> None:
-        """Close the job. The prompt is let go, the output stays for late readers; `announce` is the caller's next step."""
+        """Close the job: the prompt is let go, the output stays for late readers. The caller announces it."""
         self.tail = self.text.finish()
         self.error, self.ended_at = error, now
         self.spec, self.keys = replace(self.spec, prompt=b""), b""
-        self.call = None
         if self.deadline is not None:
             self.deadline.cancel()
 

@@ -5,10 +5,14 @@ Submit streams live long and Status must never queue behind them, so the two tra
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
 
 from kvbank.kvstore.transport import rpc
 from kvbank.proto import control_pb2, jobs_pb2
+
+Reply = TypeVar("Reply", bound=Message)
 
 
 class Links:
@@ -30,27 +34,26 @@ class Links:
 
     async def status(self, address: str, *, timeout_s: float) -> jobs_pb2.WorkerStatus:
         """What one member says of itself. Raises grpc.aio.AioRpcError."""
-        return await self._unary(
-            address, "/kvbank.Jobs/Status", jobs_pb2.StatusRequest(), jobs_pb2.WorkerStatus, timeout_s
-        )
+        request = jobs_pb2.StatusRequest()
+        return await self._unary(address, "/kvbank.Jobs/Status", request, jobs_pb2.WorkerStatus, timeout_s)
 
     async def snapshot(self, address: str, *, timeout_s: float) -> control_pb2.SnapshotReply:
         """Who is alive, as the control plane knows it."""
-        return await self._unary(
-            address, "/kvbank.Control/Snapshot", control_pb2.SnapshotRequest(), control_pb2.SnapshotReply, timeout_s
-        )
+        request = control_pb2.SnapshotRequest()
+        return await self._unary(address, "/kvbank.Control/Snapshot", request, control_pb2.SnapshotReply, timeout_s)
 
     async def locate(self, address: str, keys: bytes, *, timeout_s: float) -> control_pb2.LocateReply:
         """Who holds the longest prefix of these block keys."""
         request = control_pb2.LocateRequest(keys=keys)
         return await self._unary(address, "/kvbank.Control/Locate", request, control_pb2.LocateReply, timeout_s)
 
-    async def _unary(self, address: str, method: str, request: Any, reply: Any, timeout_s: float) -> Any:
+    async def _unary(self, address: str, method: str, request: Message, reply: type[Reply], timeout_s: float) -> Reply:
         channel, metadata = self._channel(address, "unary")
         call = channel.unary_unary(
             method, request_serializer=type(request).SerializeToString, response_deserializer=reply.FromString
         )
-        return await call(request, metadata=metadata, timeout=timeout_s)
+        answer: Reply = await call(request, metadata=metadata, timeout=timeout_s)
+        return answer
 
     def _channel(self, address: str, purpose: str) -> Any:
         pair = self._channels.get((address, purpose))

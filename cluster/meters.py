@@ -1,4 +1,4 @@
-"""Meters: what the gateway counts, in a Prometheus registry of its own. Never a prompt, a key or a job id in a label."""
+"""Meters: what the gateway counts, in a Prometheus registry of its own. No label says who asked, or for what."""
 
 from __future__ import annotations
 
@@ -16,33 +16,42 @@ class Meters:
     """One gateway's counters; several gateways in one process do not share any."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self._admitted = Counter("kvbank_jobs_admitted", "Jobs admitted", registry=registry)
-        self._ended = Counter("kvbank_jobs_ended", "Jobs over, by outcome", ["outcome"], registry=registry)
-        self._refused = Counter("kvbank_requests_refused", "Requests refused, by code", ["code"], registry=registry)
-        self._lost = Counter("kvbank_attempts_lost", "Attempts without an outcome, by reason", ["reason"], registry=registry)
-        self._prompt = Counter("kvbank_prompt_tokens", "Prompt tokens of jobs over", registry=registry)
-        self._output = Counter("kvbank_output_tokens", "Tokens streamed", registry=registry)
-        self._computed = Counter("kvbank_computed_tokens", "Tokens computed for jobs over", registry=registry)
-        self._reused = Counter("kvbank_reused_tokens", "Prompt tokens not computed, by source", ["source"], registry=registry)
-        self._missed = Counter("kvbank_missed_tokens", "Prompt tokens computed, by reason", ["reason"], registry=registry)
-        self._ttft = Histogram("kvbank_ttft_seconds", "Admission to first token", buckets=_SECONDS, registry=registry)
-        self._total = Histogram("kvbank_job_seconds", "Admission to the end", buckets=_SECONDS, registry=registry)
+        self.registry = CollectorRegistry()
 
-        self._jobs = Gauge("kvbank_jobs", "Jobs of this gateway, by state", ["state"], registry=registry)
-        self._members = Gauge("kvbank_members", "Members that answer, by kind", ["kind"], registry=registry)
-        self._blocks = Gauge("kvbank_blocks", "Device blocks, by member and state", ["worker", "state"], registry=registry)
-        self._loans = Gauge("kvbank_loans", "Open loans", registry=registry)
-        self._tier_bytes = Gauge("kvbank_tier_bytes", "Bytes in a tier", ["worker", "tier"], registry=registry)
-        self._tier_limit = Gauge("kvbank_tier_limit_bytes", "Bytes a tier may hold", ["worker", "tier"], registry=registry)
-        self._tier_events = Gauge("kvbank_tier_events", "A tier's own counters", ["worker", "tier", "event"],
-                                  registry=registry)
-        self._counters = Gauge("kvbank_worker_events", "A worker's own counters", ["worker", "event"], registry=registry)
+        def counter(name: str, about: str, *labels: str) -> Counter:
+            return Counter(f"kvbank_{name}", about, labels, registry=self.registry)
+
+        def gauge(name: str, about: str, *labels: str) -> Gauge:
+            return Gauge(f"kvbank_{name}", about, labels, registry=self.registry)
+
+        def seconds(name: str, about: str) -> Histogram:
+            return Histogram(f"kvbank_{name}_seconds", about, buckets=_SECONDS, registry=self.registry)
+
+        self._admitted = counter("jobs_admitted", "Jobs admitted")
+        self._ended = counter("jobs_ended", "Jobs over, by outcome", "outcome")
+        self._refused = counter("requests_refused", "Requests refused, by code", "code")
+        self._lost = counter("attempts_lost", "Attempts without an outcome, by reason", "reason")
+        self._prompt = counter("prompt_tokens", "Prompt tokens of jobs over")
+        self._output = counter("output_tokens", "Tokens streamed")
+        self._computed = counter("computed_tokens", "Tokens computed for jobs over")
+        self._reused = counter("reused_tokens", "Prompt tokens not computed, by source", "source")
+        self._missed = counter("missed_tokens", "Prompt tokens computed, by reason", "reason")
+        self._ttft = seconds("ttft", "Admission to first token")
+        self._total = seconds("job", "Admission to the end")
+        self._jobs = gauge("jobs", "Jobs of this gateway, by state", "state")
+        self._members = gauge("members", "Members that answer, by kind", "kind")
+        self._blocks = gauge("blocks", "Device blocks, by member and state", "worker", "state")
+        self._loans = gauge("loans", "Open loans")
+        self._tier_bytes = gauge("tier_bytes", "Bytes in a tier", "worker", "tier")
+        self._tier_limit = gauge("tier_limit_bytes", "Bytes a tier may hold", "worker", "tier")
+        self._tier_events = gauge("tier_events", "A tier's own counters", "worker", "tier", "event")
+        self._worker_events = gauge("worker_events", "A worker's own counters", "worker", "event")
 
     def observe(self, *, live: int, waiting: int, status: Mapping[str, Any]) -> None:
         """Set the gauges to what the members say of themselves (`Survey.told`)."""
-        for gauge in (self._members, self._blocks, self._tier_bytes, self._tier_limit, self._tier_events, self._counters):
-            gauge.clear()
+        for gauge in (self._members, self._blocks, self._tier_bytes, self._tier_limit, self._tier_events,
+                      self._worker_events):
+            gauge.clear()                            # members that left must not be shown for ever
         self._jobs.labels("queued").set(waiting)
         self._jobs.labels("running").set(live - waiting)
         self._loans.set(len(status["loans"]))
@@ -57,7 +66,7 @@ class Meters:
                 for event, count in tier["counters"].items():
                     self._tier_events.labels(name, tier["name"], event).set(count)
             for event, count in worker["counters"].items():
-                self._counters.labels(name, event).set(count)
+                self._worker_events.labels(name, event).set(count)
 
     def admitted(self) -> None:
         self._admitted.inc()
@@ -68,10 +77,10 @@ class Meters:
     def lost(self, reason: str) -> None:
         self._lost.labels(reason).inc()
 
-    def tokens(self, job: Job, count: int, now: float) -> None:
-        """`count` tokens of `job` arrived at `now`."""
-        if count and len(job.ids) <= count and job.first_token_at == now:
-            self._ttft.observe(max(0.0, now - job.started_at))
+    def tokens(self, job: Job, count: int) -> None:
+        """`count` tokens of `job` arrived."""
+        if 0 < count == len(job.ids):
+            self._ttft.observe(max(0.0, job.first_token_at - job.started_at))
         self._output.inc(count)
 
     def ended(self, job: Job) -> None:

@@ -1,8 +1,8 @@
 """Roster: who serves jobs now, and who holds which prefix, as far as the gateway knows.
 
-The control plane is asked twice a second; when it is silent the last answer stays in use, because a job needs a worker and
-not a control plane. What the gateway itself sent where in the last minutes it remembers too: the directory lags by a
-heartbeat, and two jobs with one prefix must meet on one worker.
+The control plane is asked twice a second; when it is silent the last answer stays in use, because a job needs a worker
+and not a control plane. What the gateway itself sent where it remembers too: the directory lags by a heartbeat, and two
+jobs with one prefix must meet on one worker.
 """
 
 from __future__ import annotations

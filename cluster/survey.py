@@ -1,7 +1,7 @@
 """Survey: what every member says of itself, asked at once and put side by side.
 
-A member that does not answer in time is shown as the control plane last heard it, with state "silent": a status page that
-leaves out the broken one is no help.
+A member that does not answer in time is shown as the control plane last heard it, with state "silent": a status page
+that leaves out the broken one is no help.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def _merged_tiers(workers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry per tier. Host tiers are each member's own and add up; Redis is one for all and is seen by many."""
     merged: dict[str, dict[str, Any]] = {}
     for tier in (tier for worker in workers for tier in worker["tiers"]):
-        known = merged.setdefault(tier["name"], {**tier, "bytes_used": 0, "bytes_limit": 0, "frames": 0, "counters": {}})
+        blank = {**tier, "bytes_used": 0, "bytes_limit": 0, "frames": 0, "counters": {}}
+        known = merged.setdefault(tier["name"], blank)
         join = max if tier["name"] == "redis" else int.__add__
         for field in ("bytes_used", "bytes_limit", "frames"):
             known[field] = join(known[field], tier[field])

@@ -1,7 +1,7 @@
 """The HTTP application: who may call, how much is read, and how an error looks. The routes are in the sibling files.
 
-Every route names its door: `open` (anyone), or a tenant that the caller's key proves. The door is passed before a byte of the
-body is read. Errors carry a stable code and a message for people, never a path, an address or an exception's text.
+A route is open to anyone, or wants a tenant that the caller's key proves; that door is passed before a byte of the body
+is read. Errors carry a stable code and a message for people, never a path, an address or an exception's text.
 """
 
 from __future__ import annotations

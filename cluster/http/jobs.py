@@ -1,6 +1,7 @@
 """kvbank's own dialect: a job is submitted once and read as often, as late and from wherever one likes.
 
-POST /v1/jobs · GET /v1/jobs · GET /v1/jobs/ID?wait_s= · GET /v1/jobs/ID/stream?from= · DELETE /v1/jobs/ID (or POST …/cancel)
+POST /v1/jobs · GET /v1/jobs · GET /v1/jobs/ID?wait_s= · GET /v1/jobs/ID/stream?from=
+DELETE /v1/jobs/ID, or POST /v1/jobs/ID/cancel
 """
 
 from __future__ import annotations

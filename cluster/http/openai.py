@@ -1,7 +1,8 @@
 """OpenAI's dialect: /v1/completions with SSE, and /v1/models.
 
-Beyond OpenAI's fields a request may carry top_k, job_id, deadline_s, stop_token_ids, ignore_eos, policy and return_token_ids;
-the response carries "kvbank" with the job's id and receipt. What is not supported is refused by name, never ignored.
+Beyond OpenAI's fields a request may carry top_k, job_id, deadline_s, stop_token_ids, ignore_eos, policy and
+return_token_ids; the response carries "kvbank" with the job's id and receipt. What is not supported is refused by name,
+never ignored.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {                             # accepted 
     "echo": (False,), "logprobs": (0, False), "suffix": ("",), "presence_penalty": (0,), "frequency_penalty": (0,),
     "logit_bias": ({},),
 }
+_END = Piece(-1, [], "")             # follows the last piece of a choice
 _KNOWN = SPEC_FIELDS | _OWN | _HARMLESS | frozenset(_NEUTRAL)
 
 
@@ -92,7 +94,8 @@ class _Completion:
         prompts = _prompts(body.get("prompt"))
         if len(prompts) * n > front.limits.choices:
             raise InvalidRequest(
-                f"{len(prompts)} prompts times n={n} is {len(prompts) * n} choices, at most {front.limits.choices} are served"
+                f"{len(prompts)} prompts times n={n} is {len(prompts) * n} choices, at most {front.limits.choices} are "
+                "served"
             )
         if body.get("job_id") is not None and len(prompts) * n > 1:
             raise InvalidRequest("job_id names one job: send one prompt and n=1")
@@ -133,22 +136,21 @@ class _Completion:
 
     async def events(self) -> AsyncIterator[bytes]:
         """The chunks, of several choices interleaved as they come; errors travel in band."""
-        news: asyncio.Queue[tuple[int, Piece | None] | int] = asyncio.Queue(maxsize=64)
+        news: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue(maxsize=64)
         readers = [asyncio.ensure_future(self._read(number, job, news)) for number, job in enumerate(self._jobs)]
         try:
             running = len(readers)
             while running:
-                item = await news.get()
-                if isinstance(item, int):
+                number, piece = await news.get()
+                if piece is _END:
                     running -= 1
-                    if (error := self._jobs[item].error) is not None:
+                    if (error := self._jobs[number].error) is not None:
                         yield event(error_body(error))
                         return
-                    yield event(self._last_chunk(item))
-                elif item[1] is None:
+                    yield event(self._last_chunk(number))
+                elif piece is None:
                     yield KEEP_ALIVE
                 else:
-                    number, piece = item
                     yield event({**self._head(), "choices": [self._choice(number, piece.text, piece.token_ids, None)]})
             if self._usage_chunk:
                 yield event({**self._head(), "choices": [], "usage": self._usage()})
@@ -158,11 +160,11 @@ class _Completion:
                 reader.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
 
-    async def _read(self, number: int, job: Job, news: asyncio.Queue[tuple[int, Piece | None] | int]) -> None:
+    async def _read(self, number: int, job: Job, news: asyncio.Queue[tuple[int, Piece | None]]) -> None:
         async for piece in job.follow(quiet_s=self._front.limits.quiet_s):
             if piece is None or piece.text or self._with_ids:
                 await news.put((number, piece))
-        await news.put(number)
+        await news.put((number, _END))
 
     def _last_chunk(self, number: int) -> dict[str, Any]:
         job = self._jobs[number]

@@ -1,4 +1,4 @@
-"""Server: the gateway as a member of the cluster. Builds its parts from settings and runs them on a thread of its own."""
+"""Server: the gateway as a member of the cluster. Builds its parts from settings, runs them on a thread of its own."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class GatewaySettings:
 
 
 def build_gateway(settings: GatewaySettings) -> GatewayServer:
-    """A gateway for a cluster whose control plane is up. Raises ModelError or ConfigError before anything is started."""
+    """A gateway for a cluster whose control plane is up. Raises ModelError or ConfigError before it starts anything."""
     from kvbank.workers.detokenizer import TextStream as Detokenizer
     from kvbank.workers.models.config_reader import read_config
     from kvbank.workers.models.tokenizer import load_tokenizer
@@ -80,7 +80,8 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
     tokenizer = load_tokenizer(settings.model)
     layout = Layout(
         num_layers=config.num_layers, layer_first=0, layer_last=config.num_layers, kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim, span_tokens=settings.span_tokens, block_size=settings.block_size, dtype=settings.dtype,
+        head_dim=config.head_dim, span_tokens=settings.span_tokens, block_size=settings.block_size,
+        dtype=settings.dtype,
     )
     facts = ModelFacts(
         name=settings.served_name or Path(settings.model).resolve().name, vocab_size=config.vocab_size,

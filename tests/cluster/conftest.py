@@ -1,7 +1,7 @@
 """Fakes at the gateway's three seams: workers (a real gRPC server that streams a known function), the roster, and text.
 
-The fake model's next token is a function of the prompt and the index alone, so whatever happens to workers in between, the
-right output is known beforehand.
+The fake model's next token is a function of the prompt and the index alone, so whatever happens to workers in between,
+the right output is known beforehand.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class FakeWorker:
         self.failure: tuple[str, str] | None = None          # answered instead of tokens
         self.die_at: int | None = None                       # abort the stream before this token index, once
         self.hang_at: int | None = None                      # say nothing more from this token index on
-        self.repeat = False                                  # send each token twice, the second time with the one before
+        self.repeat = False                                  # send each token again, with the one before
         self.token_s = 0.0
         self.ended = threading.Event()                       # a stream was left by its gateway
         self._server = rpc.server(TOKEN, threads=16)
@@ -66,7 +66,8 @@ class FakeWorker:
     def _status(self, _request: pb.StatusRequest, _context: grpc.ServicerContext) -> pb.WorkerStatus:
         return pb.WorkerStatus(
             id=self.id, kind="model", pid=1, blocks_total=48, blocks_free=40, blocks_used=8,
-            tiers=[pb.TierStatus(name="host", bytes_used=10, bytes_limit=100, frames=1, state="ok", counters={"hits": 2})],
+            tiers=[pb.TierStatus(name="host", bytes_used=10, bytes_limit=100, frames=1, state="ok",
+                                 counters={"hits": 2})],
             loans=[pb.LoanStatus(id="loan-1", lender=self.id, borrower="worker-9", blocks=8, term_s=6, age_s=1)],
             counters={"forward_rows": 5},
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -74,7 +75,7 @@ def test_the_async_twin_does_the_same(make_worker, make_server, answer_of) -> No
             assert (await job.status()).state == "finished"
             assert (await client.generate("hello", max_tokens=2)).receipt.prompt_tokens == 5
             await job.cancel()
-            assert [seen.id for seen in await client.jobs()][0] == job.id
+            assert job.id in [seen.id for seen in await client.jobs()]
             with pytest.raises(errors.NotFound):
                 await client.job("unknown")
             with pytest.raises(errors.InvalidRequest):
@@ -120,7 +121,7 @@ def test_a_result_that_takes_too_long_is_not_lost(make_worker, make_server, answ
 def test_a_jobs_own_deadline_is_deadline_exceeded(make_worker, make_server) -> None:
     worker = make_worker("worker-0")
     worker.token_s = 0.05
-    with pytest.raises(errors.DeadlineExceeded, match="deadline of 0.2"):
+    with pytest.raises(errors.DeadlineExceeded, match=r"deadline of 0\.2"):
         Client(make_server(worker).address).generate(PROMPT, max_tokens=1000, deadline_s=0.2)
 
 
@@ -209,10 +210,8 @@ class Relay:
     def cut(self) -> None:
         while self._open:
             connection = self._open.pop()
-            try:
+            with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def close(self) -> None:
         self._listener.close()
@@ -237,10 +236,8 @@ class Relay:
             pass
         finally:
             for end in (source, sink):
-                try:
+                with contextlib.suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
 
 
 def test_status_shows_workers_loans_tiers_and_own_jobs(make_worker, make_server) -> None:
@@ -251,8 +248,8 @@ def test_status_shows_workers_loans_tiers_and_own_jobs(make_worker, make_server)
         tier = {"name": "host", "bytes_used": 1, "bytes_limit": 2, "frames": 3, "state": "ok", "counters": {"hits": 4}}
         return {"tiers": [tier], "loans": [
             {"id": "loan-1", "lender": "lender-0", "borrower": "worker-0", "blocks": 8, "term_s": 6.0, "age_s": 0.5}],
-            "workers": [{"id": "worker-0", "kind": "model", "replica": 0, "shard": 0, "host": "h", "pid": 1, "state": "ok",
-                         "blocks_total": 48, "blocks_free": 40, "blocks_used": 8, "blocks_lent": 0,
+            "workers": [{"id": "worker-0", "kind": "model", "replica": 0, "shard": 0, "host": "h", "pid": 1,
+                         "state": "ok", "blocks_total": 48, "blocks_free": 40, "blocks_used": 8, "blocks_lent": 0,
                          "blocks_borrowed": 8, "tiers": [tier], "counters": {}, "from_the_future": 1}]}
 
     client = Client(make_server(worker, status=told).address)

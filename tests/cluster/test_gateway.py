@@ -267,7 +267,7 @@ def test_stopping_the_gateway_ends_jobs_with_a_typed_error(make_worker, make_ser
     assert any('"unavailable"' in line for line in got) and worker.cancels == ["stopping"]
 
 
-@pytest.mark.parametrize("module", ["gateway", "http.server", "client", "cli"])
+@pytest.mark.parametrize("module", ["gateway", "http.server", "client"])
 def test_the_edge_never_imports_torch_or_ray(module: str) -> None:
     code = (f"import sys, kvbank.cluster.{module}; "
             "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])")

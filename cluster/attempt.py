@@ -1,0 +1,213 @@
+"""Attempt: one job on one worker, as long as its Submit stream lasts.
+
+    job -> | accepted, progress*, tokens*, done | failed | ->        at any time: cancel(reason) ->
+
+Whatever ends the stream is told apart here: the job is settled, the job failed, or only this attempt was lost and
+another worker may go on. Tokens count at the next index of the job's output and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+import numpy as np
+
+from kvbank.cluster.job import Job
+from kvbank.errors import Cancelled, DeadlineExceeded, KVBankError, Unavailable, from_code
+from kvbank.proto import jobs_pb2
+
+log = logging.getLogger(__name__)
+
+KEYS_AND_PROMPT_BYTES = 3 << 20      # of a message of at most 4 MiB; above it the worker hashes for itself
+# Codes a worker may answer that say something about it and not about the job: another worker may do better.
+_ELSEWHERE = frozenset({"unavailable", "overloaded", "internal", "model_error", "config_error"})
+_WORDED_FOR_US = frozenset({"internal", "model_error", "config_error"})      # may name paths: not for the caller
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """An attempt without an outcome. `refusal`: the worker answered, and does not want the job."""
+
+    reason: str
+    refusal: KVBankError | None = None
+
+
+class Attempt:
+    """`run` it once. Meanwhile `job.attempt_running` is this object, so that whoever ends the job tells its worker."""
+
+    def __init__(
+        self, job: Job, call: Any, *, silence_s: float, grace_s: float, clock: Callable[[], float],
+        on_tokens: Callable[[int], None], on_stop: Callable[[], None],
+    ) -> None:
+        self._job = job
+        self._call = call
+        self._silence_s, self._grace_s = silence_s, grace_s
+        self._clock = clock
+        self._on_tokens = on_tokens      # count of new tokens
+        self._on_stop = on_stop          # a stop string was seen: end the job
+        self._telling: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> Lost | None:
+        """None: the job is settled. Raises the error that ends the job, also the one it was asked to end with."""
+        lost = "stream_ended"
+        try:
+            async with asyncio.timeout(self._silence_s) as silence:
+                return await self._exchange(silence)
+        except grpc.aio.AioRpcError as error:
+            lost = error.code().name.lower()
+        except asyncio.InvalidStateError:            # the call was over before the job was written
+            lost = "unavailable"
+        except TimeoutError:
+            lost = "silent"
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise                                # this task, and not only the call, is being cancelled
+            lost = "call_cancelled"
+        finally:
+            self._job.attempt_running = None
+            self._call.cancel()
+        return self._over(lost)
+
+    def cancel(self, reason: str) -> None:
+        """Tell the worker, and stop waiting for its receipt after the grace period."""
+        task = asyncio.create_task(self._tell(reason))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+        asyncio.get_running_loop().call_later(self._grace_s, self._call.cancel)
+
+    async def _tell(self, reason: str) -> None:
+        # When the stream is over its reader knows: nothing is lost with this message.
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
+            await self._call.write(jobs_pb2.SubmitRequest(cancel=jobs_pb2.Cancel(reason=reason)))
+
+    async def _exchange(self, silence: asyncio.Timeout) -> Lost | None:
+        job, loop = self._job, asyncio.get_running_loop()
+        await self._call.write(jobs_pb2.SubmitRequest(job=self._message()))
+        job.attempt_running = self
+        if job.ending:                               # it was asked to end while it was being written
+            self.cancel(job.ending)
+        while True:
+            reply = await self._call.read()
+            if reply is grpc.aio.EOF:
+                return self._over("stream_ended")
+            silence.reschedule(loop.time() + self._silence_s)
+            kind = reply.WhichOneof("kind")
+            if kind == "tokens" and not self._take(reply.tokens):
+                return Lost("token_gap")
+            if kind == "progress":
+                self._note(reply.progress)
+            elif kind == "done":
+                self._done(reply.done)
+                return None
+            elif kind == "failed":
+                return self._failed(reply.failed)
+
+    def _message(self) -> jobs_pb2.Job:
+        job, spec = self._job, self._job.spec
+        left_ms = 0
+        if spec.deadline_s is not None:
+            left_ms = max(1, int(1000 * (job.started_at + spec.deadline_s - self._clock())))
+        return jobs_pb2.Job(
+            id=job.wire_id, attempt=job.attempt, tenant=spec.tenant, prompt=spec.prompt,
+            emitted=np.asarray(job.ids, dtype="<i4").tobytes(), max_tokens=spec.max_tokens,
+            sampling=jobs_pb2.Sampling(
+                temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k, seed=job.seed
+            ),
+            stop_token_ids=spec.stop_token_ids, ignore_eos=spec.ignore_eos, deadline_ms=left_ms,
+            keys=job.keys if len(job.keys) + len(spec.prompt) <= KEYS_AND_PROMPT_BYTES else b"",
+            age=job.age, policy=spec.policy,
+        )
+
+    def _take(self, tokens: jobs_pb2.Tokens) -> bool:
+        """Append what is new; False when a token is missing in between. After a stop string nothing is taken."""
+        job = self._job
+        skip = len(job.ids) - tokens.first_index
+        if skip < 0:
+            return False
+        if job.ending:
+            return True
+        now, before = self._clock(), len(job.ids)
+        for token in np.frombuffer(tokens.ids, dtype="<i4")[skip:].tolist():
+            job.take(token, now)
+            if job.text.stopped:
+                self._on_stop()
+                break
+        self._on_tokens(len(job.ids) - before)
+        job.announce()
+        return True
+
+    def _note(self, progress: jobs_pb2.Progress) -> None:
+        told = self._job.progress
+        told.state, told.waits_for = progress.state, progress.waits_for
+        told.computed, told.total = progress.computed, progress.total
+        self._job.announce()
+
+    def _done(self, done: jobs_pb2.Done) -> None:
+        job = self._job
+        job.receipt = receipt_body(done.receipt)
+        if job.ending == "stop":
+            job.finish_reason = "stop"
+        elif done.finish_reason in ("stop", "length"):
+            job.finish_reason = done.finish_reason
+        else:
+            raise ending_error(job) if job.ending else Cancelled("the worker cancelled this job")
+
+    def _failed(self, failed: jobs_pb2.Failed) -> Lost | None:
+        job = self._job
+        job.receipt = receipt_body(failed.receipt)
+        if job.ending:
+            return self._over(failed.code)
+        message = failed.message
+        if failed.code in _WORDED_FOR_US:
+            log.warning("job worker_failed job=%s worker=%s code=%s message=%s",
+                        job.wire_id, job.worker, failed.code, message)
+            message = "the worker could not serve this job"
+        error = from_code(failed.code, message)
+        if failed.code in _ELSEWHERE:
+            return Lost(failed.code, refusal=error)
+        raise error
+
+    def _over(self, reason: str) -> Lost | None:
+        """The stream is over without the worker's last word: as it should be when the job was asked to end."""
+        if self._job.ending == "stop":
+            self._job.finish_reason = "stop"
+            return None
+        if self._job.ending:
+            raise ending_error(self._job)
+        return Lost(reason)
+
+
+def ending_error(job: Job) -> KVBankError:
+    """What a job that was asked to end ends with."""
+    if job.ending == "deadline":
+        return DeadlineExceeded(
+            f"the job's deadline of {job.spec.deadline_s:g} s passed after {len(job.ids)} of "
+            f"{job.spec.max_tokens} tokens"
+        )
+    if job.ending == "stopping":
+        return Unavailable("the cluster is stopping")
+    return Cancelled("the job was cancelled by its caller")
+
+
+def receipt_body(receipt: jobs_pb2.Receipt) -> dict[str, Any]:
+    """A receipt as plain values."""
+    return {
+        "prompt_tokens": receipt.prompt_tokens,
+        "output_tokens": receipt.output_tokens,
+        "computed_tokens": receipt.computed_tokens,
+        "reused": dict(receipt.reused),
+        "missed": dict(receipt.missed),
+        "borrowed_blocks_peak": receipt.borrowed_blocks_peak,
+        "parked_blocks_peak": receipt.parked_blocks_peak,
+        "lenders": list(receipt.lenders),
+        "remote_attention_calls": receipt.remote_attention_calls,
+        "recomputed_after_fault": receipt.recomputed_after_fault,
+        "ttft_s": receipt.ttft_s,
+        "total_s": receipt.total_s,
+    }
