@@ -129,6 +129,8 @@ class Borrower:
     def settle(self, uids: Sequence[int], *, keep: bool) -> None:
         for uid in uids:
             self._where.pop(uid, None)
+            with self._lock:
+                self._homes.pop(uid, None)           # bytes on their way home must not land in a slot given up
         self._tell(loans.NoLongerNeeded(tuple(uids), keep))
 
     def poll(self) -> list[BankEvent]:

@@ -25,7 +25,7 @@ from kvbank.kvstore.vault import Vault
 from kvbank.workers.config import WorkerConfig
 from kvbank.workers.room import Room
 from kvbank.workers.scheduler import Outcome, Scheduler
-from kvbank.workers.seams import Backend, Bank, Fetcher, NoBank, NoFetcher
+from kvbank.workers.seams import Backend, BackendLost, Bank, Fetcher, NoBank, NoFetcher
 from kvbank.workers.sequence import JobSpec, Sequence, Tally
 
 
@@ -120,22 +120,29 @@ class Engine:
 
     def step(self) -> list[EngineEvent]:
         """One turn. Returns at once when there is nothing to compute; then wait for `wake`."""
-        started = self._clock()
         self.wake.clear()
         events: list[EngineEvent] = []
+        try:
+            self._step(self._clock(), events)
+        except BackendLost as lost:
+            events += self.fail_all(lost)
+            self.room.absorb(self._bank.poll())           # ends what was being moved
+            self.vault.drop_idle()
+        return events
+
+    def _step(self, started: float, events: list[EngineEvent]) -> None:
         self._take_inbox(started, events)
         self.room.absorb(self._bank.poll())
         events += [self._failed(seq, error) for seq, error in self.scheduler.expire(started)]
         plan = self.scheduler.next_plan(started)
         if plan is None:
-            return events
+            return
         result = self.backend.run(plan, keep_logits=self.keep_logits)
         if self.keep_logits and result.logits is not None:
             self._note_logits(plan, result.logits)
         outcome = self.scheduler.absorb(plan, result, self._clock())
         events += self._events(outcome)
         self._count(plan.rows, result.forward_s, result.remote_calls, self._clock() - started)
-        return events
 
     def fail_all(self, error: KVBankError) -> list[EngineEvent]:
         """End every job with `error`: after a step that raised."""

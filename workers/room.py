@@ -205,7 +205,8 @@ class Room:
         self.away[span.uid] = span
         for seq in self._running():
             if any(held is span for _, held in seq.table.live()):
-                seq.tally.lenders.setdefault(event.lender)
+                for lender in (event.lender, *event.also):
+                    seq.tally.lenders.setdefault(lender)
 
     def _stayed(self, uid: int) -> None:
         span = self._moving.pop(uid, None)

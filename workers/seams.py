@@ -11,15 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvbank.errors import Unavailable
 from kvbank.kvstore.layout import BlockKey, SlotId
 from kvbank.kvstore.span_table import Span
 from kvbank.workers.batch import StepPlan, StepResult
 
 
+class BackendLost(Unavailable):
+    """Another shard of the chain is gone, and with it what the slots held: every job here ends and no cache counts."""
+
+
 class Backend(Protocol):
     """All methods are called by the engine thread, between steps except `run`."""
 
-    def run(self, plan: StepPlan, *, keep_logits: bool = False) -> StepResult: ...
+    def run(self, plan: StepPlan, *, keep_logits: bool = False) -> StepResult:
+        """Raises BackendLost."""
 
     def copy_tokens(self, source: SlotId, target: SlotId, start: int, stop: int) -> None:
         """Tokens start .. stop-1 of one slot over those of another."""
@@ -56,6 +62,7 @@ class Moved:
 
     uid: int
     lender: str
+    also: tuple[str, ...] = ()               # with several shards: the lenders of the other shards' parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +144,7 @@ class Bank(Protocol):
         """Nobody here reads these spans any more; with keep the lenders may cache them."""
 
     def poll(self) -> list[BankEvent]:
-        """What happened since the last call. Called at step boundaries: entries flip only there."""
+        """What happened since the last call. Called at step boundaries: entries flip only there. Raises BackendLost."""
 
 
 class NoBank:

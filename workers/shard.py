@@ -68,13 +68,19 @@ class LocalShard:
         result.forward_s = perf_counter() - started
         return result
 
-    def forward(self, plan: StepPlan, hidden: Tensor | None) -> Tensor:
-        """This shard's layers over the plan's rows. hidden: from the shard before, None on the first."""
+    def forward(self, plan: StepPlan, hidden: Callable[[], Tensor] | None) -> Tensor:
+        """This shard's layers over the plan's rows. hidden: waits for those of the shard before; None on the first."""
         device = self.arena.device
         self.attention.begin(plan)
         positions = torch.from_numpy(plan.positions).to(device)
-        token_ids = torch.from_numpy(plan.token_ids).to(device) if hidden is None else None
-        return self.model.forward(token_ids, hidden, positions, self.attention)
+        if hidden is None:
+            return self.model.forward(torch.from_numpy(plan.token_ids).to(device), None, positions, self.attention)
+        return self.model.forward(None, hidden().to(device), positions, self.attention)
+
+    def passed_on(self) -> StepResult:
+        """What `forward` gave on a shard that is not the last."""
+        calls, self.attention.remote_calls = self.attention.remote_calls, 0
+        return StepResult([], dict(self.attention.lost), remote_calls=calls)
 
     def finish(self, plan: StepPlan, hidden: Tensor, *, keep_logits: bool = False) -> StepResult:
         """Sample the plan's draws from the last shard's hidden states."""
