@@ -9,6 +9,8 @@ Numerics follow transformers: norms and rotary angles in float32, everything els
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvbank.workers.models.config_reader import ModelConfig
-from kvbank.workers.models.rope import RopeTable, rotate_
+from kvbank.workers.models.linear import Linear, PackedGate, PackedLinear, PlainGate, PlainLinear, can_pack
+from kvbank.workers.models.rope import RopeTable, rotated
 
 
 class Attend(Protocol):
@@ -24,7 +27,7 @@ class Attend(Protocol):
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """layer: counted from this decoder's first. q [T, heads, head_dim], k and v [T, kv_heads, head_dim], rotated;
-        they are views that the next layer overwrites: copy what you keep. Returns [T, heads, head_dim] in q's dtype."""
+        they are views, not always contiguous. Returns [T, heads, head_dim] in q's dtype."""
         ...
 
 
@@ -35,19 +38,18 @@ class Decoder:
         self, config: ModelConfig, weights: dict[str, Tensor], layers: range, first: bool, last: bool, *,
         exactness: str = "fast", device: str = "cpu",
     ) -> None:
-        """weights: as weights.load_weights gives them for the same layers; the dict is emptied, so that a matrix that
-        is repacked is not in memory twice.
+        """weights: as weights.load_weights gives them for the same layers. The dict is emptied on the way, so that a
+        matrix which is packed or moved is never in memory twice.
         exactness "bitwise": a row's result does not depend on the other rows, as long as the number of rows is a
         multiple of 8 (the caller pads)."""
         self.config, self.first, self.last = config, first, last
         self.num_layers = len(layers)
-        take = {name: tensor.to(device) for name, tensor in weights.items()}
-        weights.clear()
-        self.dtype = take["0.qkv"].dtype
-        self._embed = take.get("embed")
-        self._norm = take.get("norm")
-        self._head = take["embed"] if last and config.tie_embeddings else take.get("head")
-        self._layers = [_Layer(config, take, f"{i}.") for i in range(self.num_layers)]
+        self.dtype = weights["0.qkv"].dtype
+        build = _Builder(config, weights, device)
+        self._layers = [build.layer(f"{index}.") for index in range(self.num_layers)]
+        self._embed = build.vector("embed") if "embed" in weights else None
+        self._norm = build.vector("norm") if last else None
+        self._head = build.head(self._embed) if last else None
         self._rope = RopeTable(config.rope, config.head_dim, dtype=self.dtype, device=device)
 
     @torch.inference_mode()
@@ -64,50 +66,90 @@ class Decoder:
             x = hidden.to(self.dtype, copy=True)
         cos, sin = self._rope.rows(positions)
         for index, layer in enumerate(self._layers):
-            layer.run(index, x, cos, sin, attend)
+            x = layer.run(index, x, cos, sin, attend)
         return x
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden_size] -> [R, vocab_size] float32. Only where `last`."""
         assert self._norm is not None and self._head is not None, "only the last shard has the head"
-        return F.linear(rms_norm(hidden, self._norm, self.config.rms_eps), self._head).float()
+        return self._head(rms_norm(hidden, self._norm, self.config.rms_eps)).float()
 
 
+@dataclass(slots=True)
 class _Layer:
     """Two residual lines over fused matrices."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], at: str) -> None:
-        self.heads, self.kv_heads, self.eps = config.num_heads, config.num_kv_heads, config.rms_eps
-        self.head_dim, self.inner = config.head_dim, config.intermediate_size
-        self.input_norm, self.post_norm = weights[at + "input_norm"], weights[at + "post_norm"]
-        self.qkv, self.qkv_bias = weights[at + "qkv"], weights.get(at + "qkv_bias")
-        self.o, self.o_bias = weights[at + "o"], weights.get(at + "o_bias")
-        self.gate_up, self.down = weights[at + "gate_up"], weights[at + "down"]
-        self.q_norm, self.k_norm = weights.get(at + "q_norm"), weights.get(at + "k_norm")
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    input_norm: Tensor
+    qkv: Linear                              # rows: all query heads, all key heads, all value heads
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Linear
+    post_norm: Tensor
+    gate: Callable[[Tensor], Tensor]         # silu(gate) * up
+    down: Linear
 
-    def run(self, index: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> None:
-        """x [T, hidden] becomes the next layer's input, in place."""
-        x += self._attention(index, rms_norm(x, self.input_norm, self.eps), cos, sin, attend)
-        x += self._mlp(rms_norm(x, self.post_norm, self.eps))
+    def run(self, index: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """The next layer's input, [T, hidden]; x may be overwritten."""
+        x = self.o.plus(self._attended(index, rms_norm(x, self.input_norm, self.eps), cos, sin, attend), x)
+        return self.down.plus(self.gate(rms_norm(x, self.post_norm, self.eps)), x)
 
-    def _attention(self, index: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        heads, kv_heads = self.heads, self.kv_heads
-        qkv = F.linear(x, self.qkv, self.qkv_bias).view(len(x), heads + 2 * kv_heads, self.head_dim)
+    def _attended(self, index: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        heads, both = self.heads, self.heads + self.kv_heads
+        qkv = self.qkv(x).view(len(x), both + self.kv_heads, self.head_dim)
+        qk, v = qkv[:, :both], qkv[:, both:]
         if self.q_norm is not None and self.k_norm is not None:
-            qkv[:, :heads] = rms_norm(qkv[:, :heads], self.q_norm, self.eps)
-            qkv[:, heads : heads + kv_heads] = rms_norm(qkv[:, heads : heads + kv_heads], self.k_norm, self.eps)
-        rotate_(qkv[:, : heads + kv_heads], cos, sin)
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
-        return F.linear(attend(index, q, k, v).reshape(len(x), heads * self.head_dim), self.o, self.o_bias)
+            qk = torch.cat((rms_norm(qk[:, :heads], self.q_norm, self.eps),
+                            rms_norm(qk[:, heads:], self.k_norm, self.eps)), dim=1)
+        qk = rotated(qk, cos, sin)
+        return attend(index, qk[:, :heads], qk[:, heads:], v).reshape(len(x), heads * self.head_dim)
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.gate_up).split(self.inner, dim=-1)
-        return F.linear(F.silu(gate, inplace=True).mul_(up), self.down)
+
+class _Builder:
+    """Takes weights out of their dict into the form this device runs fastest."""
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], device: str) -> None:
+        self._config, self._weights, self._device = config, weights, device
+        self._packed = can_pack(weights["0.qkv"].dtype, device)
+
+    def layer(self, at: str) -> _Layer:
+        c = self._config
+        return _Layer(
+            heads=c.num_heads, kv_heads=c.num_kv_heads, head_dim=c.head_dim, eps=c.rms_eps,
+            input_norm=self.vector(at + "input_norm"),
+            qkv=self._linear(at + "qkv", at + "qkv_bias" if c.qkv_bias else None),
+            q_norm=self.vector(at + "q_norm") if c.qk_norm else None,
+            k_norm=self.vector(at + "k_norm") if c.qk_norm else None,
+            o=self._linear(at + "o", at + "o_bias" if c.o_bias else None),
+            post_norm=self.vector(at + "post_norm"),
+            gate=self._gate(at + "gate_up"),
+            down=self._linear(at + "down", None),
+        )
+
+    def vector(self, name: str) -> Tensor:
+        return self._weights.pop(name).to(self._device)
+
+    def head(self, embed: Tensor | None) -> Linear:
+        if not self._config.tie_embeddings:
+            return self._linear("head", None)
+        assert embed is not None
+        return PackedLinear(embed, shared=True) if self._packed else PlainLinear(embed)
+
+    def _linear(self, name: str, bias: str | None) -> Linear:
+        kind = PackedLinear if self._packed else PlainLinear
+        return kind(self.vector(name), self.vector(bias) if bias else None)
+
+    def _gate(self, name: str) -> Callable[[Tensor], Tensor]:
+        inner = self._config.intermediate_size
+        return PackedGate(self.vector(name), inner) if self._packed else PlainGate(self._linear(name, None), inner)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension; the mean and the division in float32, the product in x's dtype."""
-    wide = x.float()
-    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (wide * scale).to(x.dtype).mul_(weight)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).to(x.dtype).mul_(weight)

@@ -44,7 +44,7 @@ class RopeTable:
         self._rows = torch.empty((0, 2, head_dim), dtype=dtype, device=device)
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """For `rotate_`: (cosines, signed sines), each [T, 1, head_dim] in the model's dtype, for positions [T]."""
+        """For `rotated`: (cosines, signed sines), each [T, 1, head_dim] in the model's dtype, for positions [T]."""
         last = int(positions.max()) if positions.numel() else 0
         if last >= len(self._rows):
             self._grow(last + 1)
@@ -61,12 +61,13 @@ class RopeTable:
         self._rows = torch.cat(parts)
 
 
-def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every head by its row's angle, in place.
+def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Every head turned by its row's angle, contiguous; `heads` is left as it is.
 
     heads:  [T, any number of heads, head_dim]; x1, x2 = its halves become x1 cos - x2 sin, x2 cos + x1 sin
     cos, sin:  as RopeTable.rows gives them
+    One product, one product, one sum, each rounded by itself: fused, an element's bits could depend on its neighbours.
     """
     half = heads.shape[-1] // 2
     swapped = torch.cat((heads[..., half:], heads[..., :half]), dim=-1)
-    return heads.mul_(cos).add_(swapped.mul_(sin))
+    return swapped.mul_(sin).add_(heads * cos)
