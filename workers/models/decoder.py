@@ -4,7 +4,7 @@
 
 A row is one token at an explicit position. The decoder knows no sequences, slots or masks: `attend` alone writes and
 reads KV. It does not know of shards either, only whether it starts with token ids and whether it ends in logits.
-Numerics follow transformers: norms and rotary angles in float32, everything else in the weights' dtype.
+Numerics follow transformers: norms and rotation in float32, everything else in the weights' dtype.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvbank.kernels.rope import apply_rope
 from kvbank.workers.models.config_reader import ModelConfig
 from kvbank.workers.models.linear import Linear, PackedGate, PackedLinear, PlainGate, PlainLinear, can_pack
-from kvbank.workers.models.rope import RopeTable, rotated
+from kvbank.workers.models.rope import RopeTable
 
 
 class Attend(Protocol):
@@ -50,7 +51,7 @@ class Decoder:
         self._embed = build.vector("embed") if "embed" in weights else None
         self._norm = build.vector("norm") if last else None
         self._head = build.head(self._embed) if last else None
-        self._rope = RopeTable(config.rope, config.head_dim, dtype=self.dtype, device=device)
+        self._rope = RopeTable(config.rope, config.head_dim, device=device)
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor | None, hidden: Tensor | None, positions: Tensor, attend: Attend) -> Tensor:
@@ -105,7 +106,7 @@ class _Layer:
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat((rms_norm(qk[:, :heads], self.q_norm, self.eps),
                             rms_norm(qk[:, heads:], self.k_norm, self.eps)), dim=1)
-        qk = rotated(qk, cos, sin)
+        qk = apply_rope(qk, cos, sin)
         return attend(index, qk[:, :heads], qk[:, heads:], v).reshape(len(x), heads * self.head_dim)
 
 

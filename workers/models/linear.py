@@ -6,7 +6,7 @@
 
 Packed was chosen by measurement (2 cores with AVX-512, torch 2.13, 512 wide, interleaved): float32 takes 0.4 to 0.6 of
 plain's time at 8 to 512 rows, where plain runs MKL's narrower kernels, and bfloat16 0.6 at 1 to 8 rows. And from 2 rows
-on a row's bits do not depend on how many rows stand beside it, which `exactness="bitwise"` needs; tests hold both to it.
+on a row's bits do not depend on how many rows stand beside it, which `exactness="bitwise"` needs and a test demands.
 The packed copy replaces the plain matrix.
 """
 
