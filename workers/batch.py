@@ -76,7 +76,7 @@ def unpack(data: bytes) -> StepPlan:
     """Inverse of StepPlan.pack."""
     step, tokens, positions, mapping, rows, draws = msgpack.unpackb(data, use_list=False)
     return StepPlan(
-        step, *(np.frombuffer(a, dtype=np.int64) for a in (tokens, positions, mapping)),
+        step, *(np.frombuffer(bytearray(a), dtype=np.int64) for a in (tokens, positions, mapping)),
         rows=tuple(PlannedRows(*row) for row in rows),
         draws=tuple(Draw(row, SamplingParams(temperature=t, top_p=p, top_k=k, seed=seed), position)
                     for row, t, p, k, seed, position in draws),

@@ -1,0 +1,316 @@
+"""Follower: a shard that does not lead. Runs the leader's plans on its own layers, and its share of every loan.
+
+    Lead: Step, Copy, Scrub, Lend, ...   --> its slots, its lenders
+    Activate: hidden states in           --> its layers --> hidden states out, or, on the last shard, tokens
+
+One thread owns model, slots and books, and obeys one leader at a time, in the order in which things were said. Keeps no
+books of its slots: the leader does. Knows a lent span by a name of its own, because the leader's names start anew with
+every leader.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvbank.kvstore.layout import BlockKey, SlotId
+from kvbank.kvstore.span_table import new_uid
+from kvbank.workers.batch import StepPlan, StepResult
+from kvbank.workers.batch import unpack as unpack_plan
+from kvbank.workers.chain_frames import (
+    Books,
+    Copy,
+    Events,
+    Hello,
+    HiddenRows,
+    Home,
+    Landed,
+    Lend,
+    Logits,
+    Park,
+    Parked,
+    Ready,
+    Result,
+    Scrub,
+    Settle,
+    Spill,
+    Step,
+    Unpark,
+    pack_event,
+    placed,
+    unpack_span,
+)
+from kvbank.workers.chain_link import LinkBroken, Onward
+from kvbank.workers.seams import BankEvent, Lost, Move, Moved, Returned, Stayed
+from kvbank.workers.shard import LocalShard
+from kvbank.workers.shard_service import Session, SessionOver, ShardService
+
+log = logging.getLogger(__name__)
+
+HIDDEN_S = 30.0                              # longest wait for a step's hidden states; the leader gives up as soon
+
+
+class ShardBank(Protocol):
+    """What a follower needs of workers.seams.Bank."""
+
+    def lend_out(self, moves: list[Move], *, tenant: str, age: float) -> None: ...
+
+    def bring_home(self, uid: int, slot: SlotId) -> None: ...
+
+    def settle(self, uids: list[int], *, keep: bool) -> None: ...
+
+    def poll(self) -> list[BankEvent]: ...
+
+
+@dataclass(slots=True)
+class FollowerCounters:
+    """Totals since start."""
+
+    steps: int = 0
+    rows: int = 0
+    forward_s: float = 0.0
+    sessions: int = 0
+
+
+class Follower:
+    """One per member with shard > 0. `run` is its thread."""
+
+    def __init__(
+        self, shard: LocalShard, number: int, shards: int, *, hidden_size: int, token: str,
+        likeness: tuple[tuple[str, str], ...], bank: ShardBank,
+    ) -> None:
+        """likeness: what the leader must have alike. bank: this shard's own; its events are polled between commands."""
+        self.shard, self.number, self.last = shard, number, number == shards - 1
+        self._size, self._dtype = hidden_size, getattr(torch, shard.layout.dtype)
+        self._token, self._likeness, self._bank = token, likeness, bank
+        self.service = ShardService()
+        self.counters = FollowerCounters()
+        self.books = Books(shard.arena.num_slots, 0)
+        self._onward: Onward | None = None
+        self._names: dict[int, int] = {}                 # the leader's uid -> ours, of spans that are or will be lent
+        self._theirs: dict[int, int] = {}                # the other way round
+        self._away: set[int] = set()                     # ours: lent, and not settled yet
+        self._homes: dict[int, SlotId] = {}              # the leader's uid -> slot: home here, perhaps not elsewhere
+        self._parked: set[int] = set()                   # the leader's uids
+        self._stopping = False
+        self._obey: dict[type[Any], Callable[[Session, Any], None]] = {
+            Step: self._step, Copy: self._copy, Scrub: self._scrub, Spill: self._spill,
+            Park: self._park, Unpark: self._unpark,
+            Lend: self._lend, Home: self._home, Landed: self._landed, Settle: self._settle, Books: self._note_books,
+        }
+
+    def run(self) -> None:
+        """Obey until `stop`."""
+        service = self.service
+        while not self._stopping:
+            session, message = service.arrivals.get()
+            if isinstance(message, Hello):
+                assert session is not None
+                self._guarded(session, self._hello, message)
+            elif session is not None and session is service.current:
+                if message is None:
+                    self._reset()
+                else:
+                    self._guarded(session, self._obey[type(message)], message)
+            if service.arrivals.empty():
+                self._tell_events()
+        self._reset()
+
+    def wake(self) -> None:
+        """Any thread: the bank has something to poll."""
+        self.service.arrivals.put((None, None))
+
+    def stop(self) -> None:
+        """Any thread."""
+        self._stopping = True
+        session = self.service.current
+        if session is not None:
+            session.end()
+        self.wake()
+
+    # -- a leader comes and goes -------------------------------------------------------------------------------
+
+    def _guarded(self, session: Session, work: Callable[[Session, Any], None], message: Any) -> None:
+        """A leader whose command cannot be carried out is told, and starts anew."""
+        try:
+            work(session, message)
+        except (SessionOver, LinkBroken) as error:
+            log.info("chain_session_over shard=%d why=%s", self.number, error)
+            session.end(str(error))
+            self._reset()
+        except Exception as error:                       # a bug must cost the replica's jobs, never the worker
+            log.exception("chain_command_failed shard=%d command=%s", self.number, type(message).__name__)
+            session.end(f"{type(message).__name__} failed: {type(error).__name__}")
+            self._reset()
+
+    def _hello(self, session: Session, hello: Hello) -> None:
+        if self.service.current is not None:
+            self.service.current.end()
+        self._reset()
+        mine, theirs = dict(self._likeness), dict(hello.likeness)
+        wrong = [name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name)]
+        if hello.shard != self.number or wrong or self.last != (not hello.next_address):
+            name = wrong[0] if wrong else "shard"
+            raise SessionOver(f"shard {self.number} has {name} {mine.get(name)}, the leader {theirs.get(name)} "
+                              f"for its shard {hello.shard}")
+        if not self.last:
+            self._onward = Onward(hello.next_address, self._token, hello.chain,
+                                  on_end=lambda: self.service.arrivals.put((session, None)))
+        session.chain = hello.chain
+        self.service.current = session
+        self.counters.sessions += 1
+        session.send(Ready(self.shard.parkable()))
+
+    def _reset(self) -> None:
+        """Nobody leads: nothing that was held for a leader is wanted any more."""
+        if self.service.current is not None:
+            self.service.current.end()
+        self.service.current = None
+        if self._onward is not None:
+            self._onward.close()
+        self._onward = None
+        for uid in self._parked:
+            self.shard.unpark(uid, None)
+        if self._away:
+            self._bank.settle(sorted(self._away), keep=False)
+        for held in (self._parked, self._away, self._homes, self._names, self._theirs):
+            held.clear()
+        self.books = Books(self.shard.arena.num_slots, 0)
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def _step(self, session: Session, message: Step) -> None:
+        plan = unpack_plan(message.plan)
+        began = [0.0]
+
+        def hidden() -> Tensor:
+            rows = self._wait_for_hidden(session, plan)
+            began[0] = perf_counter()
+            return rows
+
+        with torch.inference_mode():
+            out = self.shard.forward(placed(plan, self._homes, self._names), hidden)
+            if self.last:
+                result = self.shard.finish(plan, out, keep_logits=message.keep_logits)
+                result.lost = dict(self.shard.attention.lost)
+            else:
+                result = self.shard.passed_on()
+        result.forward_s = perf_counter() - began[0]
+        if self._onward is not None:
+            self._onward.send(plan.step, out)
+        self._answer(session, plan, result)
+
+    def _answer(self, session: Session, plan: StepPlan, result: StepResult) -> None:
+        if result.logits is not None:
+            for row in result.logits.cpu():
+                session.send(Logits(plan.step, row.numpy().tobytes()))
+        lost = tuple((self._theirs.get(uid, uid), why) for uid, why in result.lost.items())
+        session.send(Result(plan.step, tuple(result.tokens), lost, result.remote_calls, result.forward_s,
+                            self.shard.parkable()))
+        self.counters.steps += 1
+        self.counters.rows += plan.num_rows
+        self.counters.forward_s += result.forward_s
+
+    def _wait_for_hidden(self, session: Session, plan: StepPlan) -> Tensor:
+        """[rows, hidden] of the shard before. Raises SessionOver."""
+        rows = HiddenRows(plan.step, plan.num_rows, self._size, self._dtype)
+        deadline = time.monotonic() + HIDDEN_S
+        while True:
+            try:
+                data = session.hidden.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise SessionOver(f"no hidden states for {HIDDEN_S:.0f} s") from None
+            if data is None:
+                raise SessionOver("the shard before is gone")
+            if rows.add(data):
+                return rows.hidden
+
+    # -- slots -------------------------------------------------------------------------------------------------
+
+    def _copy(self, session: Session, message: Copy) -> None:
+        self.shard.copy_tokens(SlotId(message.source), SlotId(message.target), message.start, message.stop)
+
+    def _scrub(self, session: Session, message: Scrub) -> None:
+        self.shard.scrub([SlotId(slot) for slot in message.slots])
+
+    def _spill(self, session: Session, message: Spill) -> None:
+        self.shard.spill(unpack_span(0, message.slot, message.keys, message.tokens, message.parent))
+
+    def _park(self, session: Session, message: Park) -> None:
+        ok = self.shard.park(unpack_span(message.uid, message.slot, message.keys, message.tokens, message.parent))
+        if ok:
+            self._parked.add(message.uid)
+        session.send(Parked(message.number, ok, self.shard.parkable()))
+
+    def _unpark(self, session: Session, message: Unpark) -> None:
+        if message.uid in self._parked:
+            self._parked.discard(message.uid)
+            self.shard.unpark(message.uid, None if message.slot is None else SlotId(message.slot))
+
+    def _note_books(self, session: Session, message: Books) -> None:
+        self.books = message
+
+    # -- loans -------------------------------------------------------------------------------------------------
+
+    def _lend(self, session: Session, message: Lend) -> None:
+        moves = []
+        for uid, slot, keys, tokens, parent in message.moves:
+            mine = self._names[uid] = new_uid()
+            self._theirs[mine] = uid
+            moves.append(Move(mine, SlotId(slot), tuple(BlockKey(key) for key in keys), tokens, parent))
+        self._bank.lend_out(moves, tenant=message.tenant, age=message.age)
+
+    def _home(self, session: Session, message: Home) -> None:
+        mine = self._names.get(message.uid)
+        if mine in self._away:                           # else it was lost, and the leader will hear of it
+            self._bank.bring_home(mine, SlotId(message.slot))
+
+    def _landed(self, session: Session, message: Landed) -> None:
+        for uid in message.uids:
+            self._homes.pop(uid, None)
+            self._forget(uid)
+
+    def _settle(self, session: Session, message: Settle) -> None:
+        for uid in message.uids:
+            mine = self._forget(uid)
+            self._homes.pop(uid, None)
+            if mine in self._away:
+                self._away.discard(mine)
+                self._bank.settle([mine], keep=message.keep)
+
+    def _forget(self, uid: int) -> int:
+        mine = self._names.pop(uid, 0)
+        self._theirs.pop(mine, None)
+        return mine
+
+    def _tell_events(self) -> None:
+        """Between two commands: flip what waits for a boundary, and tell the leader."""
+        told = []
+        for event in self._bank.poll():
+            mine: int = getattr(event, "uid", 0)
+            uid = self._theirs.get(mine)
+            if uid is None:
+                if isinstance(event, Moved):
+                    self._bank.settle([mine], keep=False)    # for a leader that is gone
+                continue
+            match event:
+                case Moved():
+                    self._away.add(mine)
+                case Stayed() | Lost():
+                    self._away.discard(mine)
+                    self._forget(uid)
+                case Returned(slot=slot):
+                    self._away.discard(mine)
+                    self._homes[uid] = slot
+            told.append(pack_event(replace(event, uid=uid)))
+        session = self.service.current
+        if told and session is not None:
+            self._guarded(session, lambda to, events: to.send(events), Events(tuple(told)))
