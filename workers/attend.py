@@ -11,7 +11,7 @@ Knows layers and partials; knows nothing of jobs, loans' terms or who holds what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,14 +24,17 @@ from kvbank.kernels.store_kv import store_kv
 from kvbank.workers.batch import StepPlan
 
 Node = tuple[int, int, int]                  # (segment number, level, index) of kernels.paged_attention
+Staged = tuple[Tensor, list[tuple[int, list[tuple[int, int]]]]]
 
 
 @dataclass(slots=True)
 class RemoteReply:
-    """Partials of one layer from all lenders. Rows of `whole` parts are (rows, out, lse)."""
+    """What came for one layer from all lenders. `whole`: (rows, out, lse). `staged`: K and V that were fetched instead, as
+    (kv [n, 2, kv_heads, span_tokens, head_dim], [(segment number, [(span index, row of kv)])])."""
 
     whole: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     nodes: dict[Node, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    staged: list[Staged] = field(default_factory=list)
 
 
 class RemoteAttention(Protocol):
@@ -52,7 +55,7 @@ class Staging(Protocol):
 
     def begin(self, plan: StepPlan) -> None: ...
 
-    def groups(self, layer: int) -> list[tuple[Tensor, list[tuple[int, list[tuple[int, int]]]]]]:
+    def groups(self, layer: int) -> Iterable[Staged]:
         """Bounded groups of (kv [n, 2, kv_heads, span_tokens, head_dim], [(segment number, [(index, row of kv)])])."""
 
 
@@ -115,12 +118,14 @@ class JoinedAttention:
         store_kv(slots, k, v, self._mapping)
         parts = [paged_attention(q, slots, self._plans[window], shape.scale)]
         if self._has_host:
-            parts += self._host_partials(layer, window, q)
+            assert self.staging is not None
+            parts += [self._staged(kv, uses, window, q) for kv, uses in self.staging.groups(layer)]
         reply = RemoteReply()
         if self._has_remote:
             assert self.remote is not None
             reply = self.remote.receive(layer, self.lost)
             self.remote_calls += 1
+            parts += [self._staged(kv, uses, window, q) for kv, uses in reply.staged]
         if self.drop_partial is not None:
             parts = parts if not self.drop_partial("local") else parts[1:]
         merged = self._merge_bitwise(parts, reply, q) if shape.exactness == "bitwise" else self._merge_fast(parts, reply)
@@ -136,15 +141,12 @@ class JoinedAttention:
             kv_heads=shape.kv_heads, window=window, exactness=shape.exactness, device=shape.device, dtype=shape.dtype,
         )
 
-    def _host_partials(self, layer: int, window: int | None, q: Tensor) -> list[Partials]:
-        assert self.staging is not None
-        parts = []
-        for kv, uses in self.staging.groups(layer):
-            spans_of = dict(uses)
-            segments = [self._segment(rows.first_row, rows.num_rows, spans_of.get(number, ()))
-                        for number, rows in enumerate(self._rows)]
-            parts.append(paged_attention(q, kv, self._plan(segments, window), self.shape.scale))
-        return parts
+    def _staged(self, kv: Tensor, uses: list[tuple[int, list[tuple[int, int]]]], window: int | None, q: Tensor) -> Partials:
+        """Partials over spans that were brought into a staging buffer."""
+        spans_of = dict(uses)
+        segments = [self._segment(rows.first_row, rows.num_rows, spans_of.get(number, ()))
+                    for number, rows in enumerate(self._rows)]
+        return paged_attention(q, kv, self._plan(segments, window), self.shape.scale)
 
     def _merge_fast(self, parts: list[Partials], reply: RemoteReply) -> Tensor:
         wholes = [part.whole for part in parts]

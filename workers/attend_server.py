@@ -19,7 +19,7 @@ import torch
 
 from kvbank.kernels.paged_attention import AttentionPlan, Segment, paged_attention, plan_attention
 from kvbank.kvstore.layout import Layout
-from kvbank.kvstore.transport.hot import Attend, HotPlan, Partial, unpack
+from kvbank.kvstore.transport.hot import Attend, HotPlan, Layer, Partial, Want, unpack
 from kvbank.kvstore.vault import Arena
 
 KEPT_PLANS = 8                               # plans of one stream; a batch has one or a few alive
@@ -38,8 +38,9 @@ class Pins(Protocol):
 class AttendCounters:
     """Totals since start, the lender's own proof that it attended."""
 
-    calls: int = 0
+    calls: int = 0                           # partial attentions answered
     rows: int = 0
+    layers: int = 0                          # layers of K and V handed out instead
     stale: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
@@ -87,6 +88,25 @@ class AttendServer:
                 self.counters.bytes_in += len(data)
                 self.counters.bytes_out += len(answer)
                 yield answer
+            elif isinstance(message, Want):
+                answer = self._layer(stream, message).pack()
+                self.counters.layers += 1
+                self.counters.bytes_out += len(answer)
+                yield answer
+
+    def _layer(self, stream: _Stream, message: Want) -> Layer:
+        """One layer of a plan's spans as it lies in the slots, pinned while it is copied out."""
+        plan = stream.plans.get(message.plan)
+        if plan is None:
+            return Layer(message.plan, message.step, message.layer, np.full((1, 2), -1, np.int32), b"")
+        refs = [ref[1:] for item in plan.items for ref in item.refs]
+        good = self._pins.pin(stream.borrower, refs)
+        try:
+            slots = torch.tensor([ref[1] for ref, ok in zip(refs, good, strict=True) if ok], device=self._arena.device)
+            data = stream.slots[:, message.layer].index_select(0, slots).cpu().view(torch.uint8).numpy().tobytes()
+        finally:
+            self._pins.unpin(stream.borrower, [ref for ref, ok in zip(refs, good, strict=True) if ok])
+        return Layer(message.plan, message.step, message.layer, self._stale(plan, good), data)
 
     def _attend(self, stream: _Stream, message: Attend) -> Partial:
         plan = stream.plans.get(message.plan)

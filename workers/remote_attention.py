@@ -1,7 +1,8 @@
 """RemoteAttention: this worker's queries to all its lenders, written to every one before any answer is read.
 
 Per step the rows that read lent spans are grouped by lender; each group becomes one or more parts, small enough that
-neither queries nor partials exceed a message. A lender that stays silent costs its spans (they are replayed), never the step.
+no message is too long. The smaller thing travels: queries and partials (decode), or, for many rows over few tokens, the
+layer's K and V, asked for one layer ahead. A lender that stays silent costs its spans (they are replayed), never the step.
 
 Knows rows, refs and streams; knows nothing of terms or of what happens to a lost span.
 """
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvbank.kvstore.transport.hot import Attend, HotPlan, Partial, PlanItem, unpack
+from kvbank.kvstore.transport.hot import Attend, HotPlan, Layer, Partial, PlanItem, Want, unpack
 from kvbank.workers.attend import AttentionShape, RemoteReply
 from kvbank.workers.batch import StepPlan
 
@@ -69,6 +70,7 @@ class _Part:
     rows: Tensor                             # int64 indices into the batch
     positions: np.ndarray
     items: list[tuple[int, int, dict[int, int]]]   # (segment number, row offset in it, span index -> uid)
+    fetch: bool = False                      # K and V come here, instead of queries going there
 
     @property
     def uids(self) -> Iterable[int]:
@@ -80,6 +82,12 @@ class RemoteAttention:
 
     def __init__(self, shape: AttentionShape, head_dim: int, lendings: Lendings) -> None:
         self._shape, self._head_dim, self._lendings = shape, head_dim, lendings
+        self.ship = "smaller"                # "query" | "kv": tests force one
+        item = shape.dtype.itemsize
+        self._query_bytes = shape.heads * (head_dim * (item + 4) + 4)                 # per row, there and back
+        self._span_bytes = 2 * shape.kv_heads * shape.span_tokens * head_dim * item   # per layer
+        self._spans_per_part = max(1, PART_BYTES // self._span_bytes)
+        self._early: dict[tuple[str, int, int], Partial | Layer] = {}                 # (lender, plan, layer)
         row_bytes = shape.heads * head_dim * 4 + shape.heads * 4
         self._rows_per_part = max(8, PART_BYTES // row_bytes // 8 * 8)
         self._plan_ids = count(1)
@@ -95,16 +103,23 @@ class RemoteAttention:
         self._step = plan.step
         self._broken = {}
         self._unplaced: dict[int, str] = {}
+        self._early = {}
         self._parts = []
         for lender, pieces in self._by_lender(plan).items():
-            for part in self._cut(lender, pieces, plan):
-                self._parts.append(part)
+            fetched = [piece for piece in pieces if self._fetches(plan.rows[piece[0]].num_rows, len(piece[2]))]
+            self._parts += self._cut_spans(lender, fetched)
+            self._parts += self._cut(lender, [piece for piece in pieces if piece not in fetched], plan)
         for part in self._parts:
             self._announce(part)
 
     def send(self, layer: int, window: int | None, q: Tensor) -> None:
         for part in self._parts:
             if part.lender in self._broken:
+                continue
+            if part.fetch:
+                for ahead in (layer, layer + 1) if layer == 0 else (layer + 1,):
+                    if ahead < len(self._shape.windows):
+                        self._send(part.lender, Want(part.plan.plan, self._step, ahead).pack())
                 continue
             rows = q if len(part.rows) == len(q) else q.index_select(0, part.rows)
             raw = rows.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes()
@@ -116,12 +131,15 @@ class RemoteAttention:
         reply = RemoteReply()
         pieces: dict[tuple[int, int, int], list[tuple[int, Tensor, Tensor]]] = {}
         for part in self._parts:
-            partial = self._receive(part, layer)
-            if partial is None:
+            answer = self._receive(part, layer)
+            if answer is None:
                 lost.update(dict.fromkeys(part.uids, self._broken[part.lender]))
                 continue
-            self._note_stale(part, partial, lost)
-            self._unfold(part, partial, reply, pieces)
+            self._note_stale(part, answer, lost)
+            if isinstance(answer, Layer):
+                self._stage(part, answer, reply)
+            else:
+                self._unfold(part, answer, reply, pieces)
         for key, found in pieces.items():
             found.sort(key=lambda piece: piece[0])
             reply.nodes[key] = (torch.cat([out for _, out, _ in found]), torch.cat([lse for _, _, lse in found]))
@@ -165,6 +183,24 @@ class RemoteAttention:
         if items:
             yield self._part(lender, items, plan)
 
+    def _fetches(self, rows: int, spans: int) -> bool:
+        if self.ship != "smaller":
+            return self.ship == "kv"
+        return rows * self._query_bytes > spans * self._span_bytes
+
+    def _cut_spans(self, lender: str, pieces: list[tuple[int, dict[int, int], list[tuple[int, Ref]]]]) -> Iterable[_Part]:
+        """Parts of at most `spans_per_part` spans whose K and V are fetched."""
+        empty = torch.zeros(0, dtype=torch.int64)
+        for number, uids, refs in pieces:
+            for first in range(0, len(refs), self._spans_per_part):
+                some = refs[first : first + self._spans_per_part]
+                hot = self._hot_plan((PlanItem(0, tuple((index, *ref) for index, ref in some)),))
+                yield _Part(lender, hot, empty, np.zeros(0, np.int64), [(number, 0, {i: uids[i] for i, _ in some})], fetch=True)
+
+    def _hot_plan(self, items: tuple[PlanItem, ...]) -> HotPlan:
+        shape = self._shape
+        return HotPlan(0, shape.heads, shape.kv_heads, self._head_dim, shape.scale, shape.exactness, items)
+
     def _part(
         self, lender: str, items: list[tuple[int, int, int, dict[int, int], list[tuple[int, Ref]]]], plan: StepPlan
     ) -> _Part:
@@ -173,9 +209,7 @@ class RemoteAttention:
             for number, offset, taken, _, _ in items
         ])
         wire = tuple(PlanItem(taken, tuple((index, *ref) for index, ref in refs)) for _, _, taken, _, refs in items)
-        shape = self._shape
-        hot = HotPlan(0, shape.heads, shape.kv_heads, self._head_dim, shape.scale, shape.exactness, wire)
-        return _Part(lender, hot, torch.from_numpy(rows), plan.positions[rows],
+        return _Part(lender, self._hot_plan(wire), torch.from_numpy(rows), plan.positions[rows],
                      [(number, offset, uids) for number, offset, _, uids, _ in items])
 
     def _announce(self, part: _Part) -> None:
@@ -201,22 +235,24 @@ class RemoteAttention:
         except StreamBroken as error:
             self._break(lender, error.reason)
 
-    def _receive(self, part: _Part, layer: int) -> Partial | None:
-        if part.lender in self._broken:
-            return None
+    def _receive(self, part: _Part, layer: int) -> Partial | Layer | None:
         heads, dim = self._shape.heads, self._head_dim
+        wanted = (part.lender, part.plan.plan, layer)
         try:
-            while True:
+            while wanted not in self._early:
+                if part.lender in self._broken:
+                    return None
                 data = self._lendings.stream(part.lender).receive()
-                partial = unpack(data, lse_per_row=heads, out_per_row=heads * dim)
-                assert isinstance(partial, Partial)
-                if (partial.plan, partial.step, partial.layer) == (part.plan.plan, self._step, layer):
-                    self.calls += 1
-                    self.bytes_received += len(data)
-                    return partial                 # anything else answers a question we no longer ask
+                answer = unpack(data, lse_per_row=heads, out_per_row=heads * dim)
+                assert isinstance(answer, (Partial, Layer))
+                self.bytes_received += len(data)
+                if answer.step == self._step:      # else it answers a question we no longer ask
+                    self._early[part.lender, answer.plan, answer.layer] = answer
         except StreamBroken as error:
             self._break(part.lender, error.reason)
             return None
+        self.calls += 1
+        return self._early.pop(wanted)
 
     def _break(self, lender: str, reason: str) -> None:
         self._broken[lender] = reason
@@ -226,7 +262,7 @@ class RemoteAttention:
 
     # -- reading --------------------------------------------------------------------------------------------------------------
 
-    def _note_stale(self, part: _Part, partial: Partial, lost: dict[int, str]) -> None:
+    def _note_stale(self, part: _Part, partial: Partial | Layer, lost: dict[int, str]) -> None:
         stale: list[int] = []
         for item, index in partial.stale.tolist():
             # Item -1: the lender forgot the plan, and nothing of it was computed.
@@ -234,6 +270,16 @@ class RemoteAttention:
         if stale:
             lost.update(dict.fromkeys(stale, "stale"))
             self._lendings.stale(stale)
+
+    def _stage(self, part: _Part, layer: Layer, reply: RemoteReply) -> None:
+        shape, (number, _, uids) = self._shape, part.items[0]
+        stale = {index for _, index in layer.stale.tolist()}
+        indices = [index for index in uids if index not in stale]
+        if not indices or not layer.data:
+            return
+        kv = torch.frombuffer(bytearray(layer.data), dtype=shape.dtype).to(shape.device)
+        kv = kv.view(len(indices), 2, shape.kv_heads, shape.span_tokens, self._head_dim)
+        reply.staged.append((kv, [(number, [(index, row) for row, index in enumerate(indices)])]))
 
     def _unfold(
         self, part: _Part, partial: Partial, reply: RemoteReply,

@@ -4,6 +4,8 @@
     ATTEND   one layer's queries for the rows of a plan            -> PARTIAL
     PARTIAL  per row (out, lse) over all the lender holds, or under `bitwise` one per maximal aligned piece;
              stale items are listed in it and never poison the others
+    WANT     one layer's K and V of the spans of a plan            -> LAYER      (where that is fewer bytes)
+    LAYER    those that are not stale, in the plan's order
 
 Knows the format; knows nothing of streams, slots or ledgers. All integers little-endian.
 """
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 import msgpack
 import numpy as np
 
-PLAN, ATTEND, PARTIAL = 1, 2, 3
+PLAN, ATTEND, PARTIAL, WANT, LAYER = 1, 2, 3, 4, 5
 _HEAD = struct.Struct("<BxHiQQI")            # kind, layer, window (-1: none), plan, step, count
 _NODE = np.dtype("<i4")
 
@@ -93,7 +95,37 @@ class Partial:
         return b"".join((head, self.nodes.astype(_NODE).tobytes(), self.stale.astype(_NODE).tobytes(), self.lse, self.out))
 
 
-def unpack(data: bytes, *, lse_per_row: int | None = None, out_per_row: int | None = None) -> HotPlan | Attend | Partial:
+@dataclass(frozen=True, slots=True)
+class Want:
+    """Send me this layer of the plan's spans."""
+
+    plan: int
+    step: int
+    layer: int
+
+    def pack(self) -> bytes:
+        return _HEAD.pack(WANT, self.layer, -1, self.plan, self.step, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The answer. stale int32 [m, 2]: item, span index. data: `[spans, 2, kv_heads, span_tokens, head_dim]`, raw."""
+
+    plan: int
+    step: int
+    layer: int
+    stale: np.ndarray
+    data: memoryview | bytes
+
+    def pack(self) -> bytes:
+        head = _HEAD.pack(LAYER, self.layer, len(self.stale), self.plan, self.step, 0)
+        return b"".join((head, self.stale.astype(_NODE).tobytes(), self.data))
+
+
+HotMessage = HotPlan | Attend | Partial | Want | Layer
+
+
+def unpack(data: bytes, *, lse_per_row: int | None = None, out_per_row: int | None = None) -> HotMessage:
     """One message. For a PARTIAL give the float counts per row (heads, and heads * head_dim) to split lse from out.
 
     Raises HotFormatError.
@@ -110,6 +142,11 @@ def unpack(data: bytes, *, lse_per_row: int | None = None, out_per_row: int | No
             if len(positions) != count:
                 raise ValueError("positions are cut short")
             return Attend(plan, step, layer, None if window < 0 else window, positions, body[8 * count :])
+        if kind == WANT:
+            return Want(plan, step, layer)
+        if kind == LAYER:
+            stale = np.frombuffer(body[: 8 * window], dtype=_NODE).reshape(window, 2)
+            return Layer(plan, step, layer, stale, body[8 * window :])
         if kind == PARTIAL and lse_per_row and out_per_row:
             return _unpack_partial(plan, step, layer, count, window, body, lse_per_row, out_per_row)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
