@@ -1,7 +1,7 @@
 """StepPlan: the work of one step as plain data. The leading shard makes it; every shard of the chain runs it.
 
-A batch is rows of several sequences, each row one token at an explicit position; nothing assumes that rows are the tail of
-their sequence (replayed and blended rows are not).
+A batch is rows of several sequences, each row one token at an explicit position; nothing assumes that rows are the tail
+of their sequence (replayed and blended rows are not).
 
     rows     0   1   2   3   4   5   6   7
     seq      A   B   B   B   B   -   -   -        A decodes one token, B prefills four, 3 rows of padding (bitwise)

@@ -87,7 +87,8 @@ class ChainBank:
         return False
 
     def bring_home(self, uid: int, slot: SlotId) -> None:
-        lent = self._lent[uid]
+        if (lent := self._lent.get(uid)) is None:
+            return                                         # lost since it was recalled: the engine hears of it next
         lent.state, lent.slot, lent.recalled = RETURNING, slot, False
         lent.home.clear()
         lent.stayed.clear()

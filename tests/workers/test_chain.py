@@ -1,4 +1,4 @@
-"""A model cut into shards gives the very tokens and logits of the whole; a shard that goes ends its replica's jobs, no more."""
+"""A model cut into shards gives the tokens and logits of the whole; a lost shard ends its replica's jobs, no more."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ class Member:
     def __init__(self, config: WorkerConfig, likeness: tuple[tuple[str, str], ...], host_bytes: int) -> None:
         host = HostTier(host_bytes) if host_bytes else None
         self.parts = build_shard(config, host=host)
-        self.follower = Follower(self.parts.shard, config.shard, config.shards, hidden_size=self.parts.model.hidden_size,
-                                 token=TOKEN, likeness=likeness, bank=NoBank())
+        self.follower = Follower(
+            self.parts.shard, config.shard, config.shards, hidden_size=self.parts.model.hidden_size, token=TOKEN,
+            likeness=likeness, bank=NoBank())
         self.server = rpc.server(TOKEN)
         self.server.add_generic_rpc_handlers((self.follower.service.handlers(),))
         self.address = f"127.0.0.1:{rpc.bind(self.server, '127.0.0.1:0')}"
