@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from kvbank.errors import ConfigError
 from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis, find_server
+
+if TYPE_CHECKING:
+    from kvbank.workers.models.config_reader import ModelConfig
+    from kvbank.workers.models.decoder import Attend
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +24,30 @@ def redis_server() -> Iterator[EmbeddedRedis]:
         pytest.skip(str(error))
     with EmbeddedRedis(256 << 20) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def dense_attention() -> Callable[..., Attend]:
+    """dense_attention(config, positions, layers=None): the plain oracle, one sequence attending to itself in one go.
+
+    positions [T] int64, of the rows that will come; `layers`: the range of a shard. The KV is nowhere kept.
+    """
+    import torch
+
+    def build(config: ModelConfig, positions: torch.Tensor, layers: range | None = None) -> Attend:
+        windows = [config.windows[layer] for layer in layers or range(config.num_layers)]
+        groups, scale = config.num_heads // config.num_kv_heads, config.head_dim**-0.5
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            key, query = positions[None, :], positions[:, None]
+            visible = key <= query
+            if (window := windows[layer]) is not None:
+                visible &= key > query - window
+            wide_k, wide_v = (x.float().repeat_interleave(groups, dim=1) for x in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q.float(), wide_k) * scale
+            weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+            return torch.einsum("hqk,khd->qhd", weights, wide_v).to(q.dtype)
+
+        return attend
+
+    return build

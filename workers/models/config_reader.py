@@ -33,7 +33,7 @@ READ = frozenset((
 IGNORED = frozenset((
     "architectures", "attention_dropout", "auto_map", "initializer_range", "pad_token_id", "pretraining_tp",
     "transformers_version", "use_cache", "id2label", "label2id", "return_dict", "output_attentions",
-    "output_hidden_states", "tokenizer_class", "task_specific_params", "is_decoder", "rope_interleaved",
+    "output_hidden_states", "tokenizer_class", "task_specific_params", "is_decoder",
 ))
 # Harmless at these values (and at null); anything else is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
