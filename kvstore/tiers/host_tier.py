@@ -49,15 +49,13 @@ class Held:
 class HostTier:
     """A bounded LRU shelf of frames. Thread-safe; readers wait for no copy, writers only for one another.
 
-    evicted: called with each frame that is driven out by another, while its bytes are still there and before they are
-    reused; it must copy what it wants to keep, be quick, and not call back into this tier's `put`.
     """
 
     name = "host"
 
-    def __init__(self, limit_bytes: int, *, evicted: Callable[[bytes, memoryview], None] | None = None) -> None:
+    def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._evicted = evicted
+        self._evicted: Callable[[bytes, memoryview], None] | None = None
         self._frames: dict[bytes, Held] = {}
         self._order: OrderedDict[bytes, None] = OrderedDict()      # unpinned ones only, oldest first
         self._evictable = 0                    # bytes charged to the frames in _order
@@ -110,9 +108,19 @@ class HostTier:
 
     def close(self) -> None:
         """Give all memory back."""
+        self.delete(self.held_keys())
+
+    def watch_evictions(self, evicted: Callable[[bytes, memoryview], None]) -> None:
+        """Have each frame shown to `evicted` that another one drives out, before its memory is reused.
+
+        It must copy what it wants to keep, be quick, and not call this tier's `put`.
+        """
+        self._evicted = evicted
+
+    def held_keys(self) -> list[bytes]:
+        """All keys that are here now."""
         with self._lock:
-            keys = list(self._frames)
-        self.delete(keys)
+            return list(self._frames)
 
     # -- pins -----------------------------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ def parse(url: str) -> RedisAddress:
         raise ConfigError(f"the Redis URL has unknown options {unknown}; known are {sorted(_OPTIONS)}")
     user, password = unquote(parts.username or "") or None, unquote(parts.password or "") or None
     if parts.scheme == "unix":
-        if not parts.path.startswith("/"):
+        if parts.hostname or not parts.path.startswith("/"):
             raise ConfigError("a unix:// Redis URL needs an absolute path: unix:///run/redis.sock")
         return RedisAddress(path=unquote(parts.path), user=user, password=password, db=_db(options.get("db", "0")))
     if not parts.hostname:

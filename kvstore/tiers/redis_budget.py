@@ -32,6 +32,10 @@ _TRIES = 8
 Ask = Callable[[Sequence[Command]], list[Reply]]
 
 
+class OverLimit(Exception):
+    """There is no room for this within the cap."""
+
+
 class RedisBudget:
     """One writer's view of the shared account.
 
@@ -45,24 +49,24 @@ class RedisBudget:
         self.entries = 0                       # as of the last sweep
         self.released = 0                      # frames this writer deleted to make room
 
-    def reserve(self, ask: Ask, sizes: dict[bytes, int], *, now_ms: int) -> bool:
+    def reserve(self, ask: Ask, sizes: dict[bytes, int], *, now_ms: int) -> set[bytes]:
         """Charge values of these sizes to physical keys, and delete the oldest until the total is within the cap.
 
-        After True they may be written. False, and nothing charged, when they exceed the cap by themselves, or what is
-        in flight leaves no room for them.
+        The keys that the caller may write now: those that nobody else is writing. Raises OverLimit, and nothing is
+        charged, when they exceed the cap by themselves, or what is in flight leaves no room for them.
         """
         members = [_member(key, size) for key, size in sizes.items()]
         if sum(map(_charge, members)) > self.limit_bytes:
-            return False
+            raise OverLimit
         (score,) = ask([("ZSCORE", INDEX, _TOTAL)])
         if score is None:
             self._rebuild(ask, now_ms=now_ms)
-        mine = self._enter(ask, members, now_ms)
+        mine = self._enter(ask, members, score=now_ms, now_ms=now_ms)
         while self.total > self.limit_bytes:
             if not self._drop_oldest(ask, now_ms=now_ms):
                 self._leave(ask, mine)
-                return False
-        return True
+                raise OverLimit
+        return set(map(_key, mine))
 
     def settle_commands(self, sizes: dict[bytes, int], *, now_ms: int) -> list[Command]:
         """To send right behind the SETs, or some time after a read: these keys are there and recent."""
@@ -103,25 +107,28 @@ class RedisBudget:
             keys = [key for key in map(_bytes, _list(found)) if key != INDEX]
             lengths = ask([("STRLEN", key) for key in keys])
             self._enter(ask, [_member(key, length) for key, length in zip(keys, lengths, strict=True)
-                              if isinstance(length, int)], now_ms - _SETTLED)
+                              if isinstance(length, int)], score=now_ms - _SETTLED, now_ms=now_ms)
             if cursor == b"0":
                 return
 
-    def _enter(self, ask: Ask, members: list[bytes], score: int) -> list[bytes]:
-        """Put members into the index and charge those that were not in it; these are returned.
+    def _enter(self, ask: Ask, members: list[bytes], *, score: int, now_ms: int) -> list[bytes]:
+        """Put members into the index, charge those that were not in it, and return those that are now the caller's.
 
-        One that was in it is charged already: it expired and comes back, or somebody else is writing it as well.
+        One that is settled is charged already (it expired, and comes back). One in flight belongs to another writer.
         """
-        new: list[bytes] = []
+        mine: list[bytes] = []
 
         def charge(scores: list[Reply]) -> list[Command]:
-            new[:] = [member for member, known in zip(members, scores, strict=True) if known is None]
-            return [*(("ZADD", INDEX, score, member) for member in members),
-                    ("ZINCRBY", INDEX, sum(map(_charge, new)), _TOTAL)]
+            known = dict(zip(members, scores, strict=True))
+            mine[:] = [member for member, at in known.items()
+                       if at is None or _may_go(float(_bytes(at)), now_ms)]
+            new = sum(_charge(member) for member in mine if known[member] is None)
+            return [*(("ZADD", INDEX, score, member) for member in mine), ("ZINCRBY", INDEX, new, _TOTAL)]
         self._change(ask, [("ZSCORE", INDEX, member) for member in members], charge)
-        return new
+        return mine
 
     def _leave(self, ask: Ask, members: list[bytes]) -> None:
+        """Uncharge members, and delete what may lie there: a value never outlives its charge."""
         def removal(scores: list[Reply]) -> list[Command]:
             return _removal([member for member, known in zip(members, scores, strict=True) if known is not None])
         self._change(ask, [("ZSCORE", INDEX, member) for member in members], removal)
@@ -136,7 +143,7 @@ class RedisBudget:
             for member in _evictable(replies[1], now_ms):
                 if sum(map(_charge, chosen)) < over:
                     chosen.append(member)
-            return [("DEL", *map(_key, chosen)), *_removal(chosen)] if chosen else []
+            return _removal(chosen)
         self._change(ask, [("ZSCORE", INDEX, _TOTAL), ("ZRANGE", INDEX, 0, 15, "WITHSCORES")], choose)
         self.released += len(chosen)
         return bool(chosen)
@@ -162,14 +169,20 @@ class RedisBudget:
 def _removal(members: list[bytes]) -> list[Command]:
     if not members:
         return []
-    return [("ZREM", INDEX, *members), ("ZINCRBY", INDEX, -sum(map(_charge, members)), _TOTAL)]
+    return [("DEL", *map(_key, members)), ("ZREM", INDEX, *members),
+            ("ZINCRBY", INDEX, -sum(map(_charge, members)), _TOTAL)]
 
 
 def _evictable(rows: Reply, now_ms: int) -> list[bytes]:
     """Of a ZRANGE WITHSCORES the members that may go: settled, or left behind by a writer that died."""
     flat = list(map(_bytes, _list(rows)))
     return [member for member, score in zip(flat[::2], flat[1::2], strict=True)
-            if _ours(member) and (float(score) < 0 or float(score) < now_ms - _FORGOTTEN_MS)]
+            if _ours(member) and _may_go(float(score), now_ms)]
+
+
+def _may_go(score: float, now_ms: int) -> bool:
+    """Settled, or in flight for so long that its writer must be dead."""
+    return score < 0 or score < now_ms - _FORGOTTEN_MS
 
 
 def _member(key: bytes, size: int) -> bytes:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from kvbank.errors import ConfigError
 from kvbank.kvstore.frame import Buffer
 from kvbank.kvstore.tiers import redis_address
-from kvbank.kvstore.tiers.redis_budget import PREFIX, RedisBudget
+from kvbank.kvstore.tiers.redis_budget import PREFIX, OverLimit, RedisBudget
 from kvbank.kvstore.tiers.redis_link import RedisLink
 from kvbank.kvstore.tiers.redis_wire import Command, RedisConnection, RedisLost, RedisRefused, RedisSilent, Reply
 from kvbank.kvstore.tiers.tier import TierStatus, TierUnavailable
@@ -183,9 +183,13 @@ class RedisTier:
     def _set(self, frames: dict[bytes, Sequence[Buffer]]) -> set[bytes]:
         """Charge, write, and settle what was acknowledged."""
         sizes = {self._physical(key): _bytes_of({key: parts}) for key, parts in frames.items()}
-        if not self._budget.reserve(self._ask, sizes, now_ms=_now_ms()):
+        try:
+            ours = self._budget.reserve(self._ask, sizes, now_ms=_now_ms())
+        except OverLimit:
             self._link.count(refused_over_limit=len(frames))
             return set()
+        frames = {key: parts for key, parts in frames.items() if self._physical(key) in ours}
+        sizes = {name: size for name, size in sizes.items() if name in ours}
         sets: list[Command] = [("SET", self._physical(key), _joined(parts), "EX", self._ttl_s)
                                for key, parts in frames.items()]
         replies = self._ask(sets, total=sum(sizes.values()))

@@ -17,7 +17,7 @@ from typing import Union
 from kvbank.kvstore.frame import Buffer
 from kvbank.kvstore.tiers.redis_address import RedisAddress
 
-MAX_BULK_BYTES = 64 << 20                      # longer than any frame: a value of that size is not ours
+_MAX_SKIP_BYTES = 64 << 20                     # a longer value is not read past: the connection ends
 _MAX_LINE = 32 << 10
 _MAX_ITEMS = 1 << 20
 _READ_AHEAD = 64 << 10
@@ -49,11 +49,11 @@ class RedisConnection:
     """Used by one thread at a time. Broken once, broken for good: ask `alive` and make a new one."""
 
     def __init__(self, address: RedisAddress, *, connect_s: float, silence_s: float,
-                 max_bulk_bytes: int = MAX_BULK_BYTES) -> None:
+                 max_bulk_bytes: int = 1 << 20) -> None:
         """Connect within `connect_s`, log in and PING within `silence_s`; RedisLost, RedisSilent or RedisRefused else.
 
         silence_s: how long the server may say nothing at all while an answer is due. max_bulk_bytes: a longer value is
-        not ours; no memory is taken for it and the connection ends, as there is no other way past it.
+        not ours; no memory is taken for it, it is read past and stands as an empty one.
         """
         self._silence_s, self._max_bulk_bytes = silence_s, max_bulk_bytes
         self._tls = address.tls is not None
@@ -170,14 +170,17 @@ class RedisConnection:
     def _bulk(self, size: int) -> memoryview | None:
         if size == -1:
             return None
-        if not 0 <= size <= self._max_bulk_bytes:
+        if not 0 <= size <= _MAX_SKIP_BYTES:
             raise RedisLost("a value longer than any frame")
-        value = memoryview(bytearray(size))
         ready = min(size, self._end - self._start)
-        value[:ready] = memoryview(self._ahead)[self._start:self._start + ready]
+        if size <= self._max_bulk_bytes:       # looked at before memory is taken for it
+            value = memoryview(bytearray(size))
+            value[:ready] = memoryview(self._ahead)[self._start:self._start + ready]
+        else:
+            value, scratch = memoryview(b""), memoryview(bytearray(_READ_AHEAD))
         self._start += ready
         while ready < size:
-            ready += self._receive(value[ready:])
+            ready += self._receive(value[ready:] if value else scratch[:size - ready])
         if self._take(2) != b"\r\n":
             raise RedisLost("the other end does not speak RESP")
         return value

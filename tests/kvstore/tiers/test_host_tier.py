@@ -32,7 +32,8 @@ def test_a_frame_comes_back_as_it_went_whatever_its_parts() -> None:
 
 def test_the_least_recently_used_frame_goes_first() -> None:
     left: list[bytes] = []
-    tier = HostTier(3 * MIB, evicted=lambda name, data: left.append(name))
+    tier = HostTier(3 * MIB)
+    tier.watch_evictions(lambda name, data: left.append(name))
     for number in (1, 2, 3):
         tier.put({key(number): [bytes(MIB)]})
     tier.get([key(1)])                         # read: recent again
@@ -43,7 +44,8 @@ def test_the_least_recently_used_frame_goes_first() -> None:
 
 def test_a_leaving_frame_is_shown_with_all_its_bytes() -> None:
     seen: dict[bytes, bytes] = {}
-    tier = HostTier(2 * MIB, evicted=lambda name, data: seen.update({name: bytes(data)}))
+    tier = HostTier(2 * MIB)
+    tier.watch_evictions(lambda name, data: seen.update({name: bytes(data)}))
     for number in range(6):
         tier.put({key(number): [content(number, MIB - 100)]})
     assert seen == {key(number): content(number, MIB - 100) for number in range(4)}
@@ -119,7 +121,8 @@ def test_a_random_walk_equals_its_model_and_never_exceeds_the_limit(seed: int) -
         assert data == content(int.from_bytes(name, "big"), len(data))
         most[0] = max(most[0], tier.status().bytes_used)     # half-way through a put, too
 
-    tier = HostTier(limit, evicted=watch)
+    tier = HostTier(limit)
+    tier.watch_evictions(watch)
     model: OrderedDict[bytes, tuple[int, int]] = OrderedDict()      # key -> (charge, pins), oldest first
 
     def charge(size: int) -> int:
