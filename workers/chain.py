@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -31,6 +32,7 @@ from kvbank.workers.batch import StepPlan, StepResult
 from kvbank.workers.chain_frames import (
     Copy,
     Hello,
+    Keys,
     Logits,
     Message,
     Park,
@@ -49,6 +51,7 @@ from kvbank.workers.shard import LocalShard
 log = logging.getLogger(__name__)
 
 RECONNECT_PAUSE_S = 0.1
+KEYS_BYTES = 1 << 20                         # a multiple of a key's 32, well below a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +80,7 @@ class Chain:
         self.on_reset: Callable[[], None] = lambda: None
         self._numbers = count(1)
         self._onward: Onward | None = None
+        self._keys: deque[tuple[bytes, bytes, bool]] = deque(maxlen=1024)
         self._closed = Event()
         self.links = self._fresh_links()
         self.connects = 0
@@ -139,6 +143,10 @@ class Chain:
         """Raises BackendLost, once, when a shard went away since the last step."""
         if not self.connected:
             return
+        while self._keys:
+            added, removed, whole = self._keys.popleft()
+            for cut in range(0, max(len(added), len(removed), 1), KEYS_BYTES):
+                self.send(Keys(added[cut : cut + KEYS_BYTES], removed[cut : cut + KEYS_BYTES], whole and not cut))
         assert self._onward is not None
         broken = next((link.broken for link in self.links if link.broken), "")
         if broken or self._onward.broken:
@@ -153,6 +161,11 @@ class Chain:
     def tell(self, shard: int, message: Message) -> None:
         """To one other shard."""
         self.links[shard - 1].send(message)
+
+    def note_keys(self, added: bytes, removed: bytes, *, whole: bool) -> None:
+        """Any thread: block keys that came and went, or all that are held; told to the others at the next `check`."""
+        if added or removed or whole:
+            self._keys.append((added, removed, whole))
 
     def take_events(self) -> list[tuple[int, BankEvent]]:
         """What the other shards' banks told, in order per shard."""
@@ -259,6 +272,7 @@ class Chain:
         self._onward = None
         self.links = self._fresh_links()
         self.homes.clear()
+        self._keys.clear()
         self.on_reset()
 
     def _fresh_links(self) -> list[LeadLink]:

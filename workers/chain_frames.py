@@ -1,6 +1,7 @@
 """What the shards of one replica say to each other: typed messages as msgpack on Lead, hidden states on Activate.
 
-    Lead      shard 0 -> every other    Hello, Step, Copy, Scrub, Spill, Park, Unpark, Lend, Home, Landed, Settle, Books
+    Lead      shard 0 -> every other    Hello, Step, Copy, Scrub, Spill, Park, Unpark, Lend, Home, Landed, Settle,
+                                        Books, Keys
               every other -> shard 0    Ready, Logits, Result, Parked, Events, Failed
     Activate  shard i -> shard i + 1    hidden states of one step, in pieces of at most PIECE_BYTES
 
@@ -127,10 +128,19 @@ class Settle:
 
 @dataclass(frozen=True, slots=True)
 class Books:
-    """Slots by state as the leader keeps them, for status and reports; and block keys that came and went."""
+    """Slots by state as the leader keeps them, for status and reports."""
 
     free: int
     held: int
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Block keys, 32 bytes each, that all shards hold from now on, or no longer. whole: and none but these are held."""
+
+    added: bytes
+    removed: bytes
+    whole: bool
 
 
 # -- the others to shard 0 -------------------------------------------------------------------------------------
@@ -184,7 +194,7 @@ class Failed:
     reason: str
 
 
-Message = (Hello | Step | Copy | Scrub | Spill | Park | Unpark | Lend | Home | Landed | Settle | Books
+Message = (Hello | Step | Copy | Scrub | Spill | Park | Unpark | Lend | Home | Landed | Settle | Books | Keys
            | Ready | Logits | Result | Parked | Events | Failed)
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in Message.__args__}

@@ -15,6 +15,7 @@ import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from threading import Lock
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ from kvbank.workers.chain_frames import (
     Hello,
     HiddenRows,
     Home,
+    Keys,
     Landed,
     Lend,
     Logits,
@@ -70,6 +72,45 @@ class ShardBank(Protocol):
     def poll(self) -> list[BankEvent]: ...
 
 
+class HeldKeys:
+    """Block keys that this shard holds, as the leader says: for reports to the control plane. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._held: dict[bytes, None] = {}
+        self._changed: dict[bytes, bool] = {}            # since the last report: key -> held now
+        self._lock = Lock()
+
+    def change(self, added: bytes, removed: bytes, *, whole: bool = False) -> None:
+        """32 bytes each, one after the other; what is in both was added first. whole: no others are held."""
+        if whole:
+            self.clear()
+        with self._lock:
+            for key in _split(added):
+                self._held[key] = None
+                self._changed[key] = True
+            for key in _split(removed):
+                self._held.pop(key, None)
+                self._changed[key] = False
+
+    def clear(self) -> None:
+        with self._lock:
+            self._changed.update(dict.fromkeys(self._held, False))
+            self._held.clear()
+
+    def take_changes(self, *, full: bool) -> tuple[bytes, bytes]:
+        """Keys (added, removed) since the last call; with `full` all that are held."""
+        with self._lock:
+            changed, self._changed = self._changed, {}
+            if full:
+                return b"".join(self._held), b""
+            return (b"".join(key for key, held in changed.items() if held),
+                    b"".join(key for key, held in changed.items() if not held))
+
+
+def _split(keys: bytes) -> list[bytes]:
+    return [keys[at : at + 32] for at in range(0, len(keys), 32)]
+
+
 @dataclass(slots=True)
 class FollowerCounters:
     """Totals since start."""
@@ -94,6 +135,7 @@ class Follower:
         self.service = ShardService()
         self.counters = FollowerCounters()
         self.books = Books(shard.arena.num_slots, 0)
+        self.keys = HeldKeys()
         self._onward: Onward | None = None
         self._names: dict[int, int] = {}                 # the leader's uid -> ours, of spans that are or will be lent
         self._theirs: dict[int, int] = {}                # the other way round
@@ -105,6 +147,7 @@ class Follower:
             Step: self._step, Copy: self._copy, Scrub: self._scrub, Spill: self._spill,
             Park: self._park, Unpark: self._unpark,
             Lend: self._lend, Home: self._home, Landed: self._landed, Settle: self._settle, Books: self._note_books,
+            Keys: lambda session, message: self.keys.change(message.added, message.removed, whole=message.whole),
         }
 
     def run(self) -> None:
@@ -183,6 +226,7 @@ class Follower:
             self._bank.settle(sorted(self._away), keep=False)
         for held in (self._parked, self._away, self._homes, self._names, self._theirs):
             held.clear()
+        self.keys.clear()
         self.books = Books(self.shard.arena.num_slots, 0)
 
     # -- steps -------------------------------------------------------------------------------------------------

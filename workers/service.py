@@ -63,7 +63,13 @@ class ControlLine(Protocol):
 
 def build_worker(config: Mapping[str, Any], line: ControlLine | None) -> Worker:
     """The part of a model or lender member. Raises ConfigError, ModelError."""
-    return ModelWorker(config, line) if config["kind"] == "model" else Worker(config, line)
+    if config["kind"] != "model":
+        return Worker(config, line)
+    if config.get("shard", 0):
+        from kvbank.workers.follower_worker import FollowerWorker       # it needs this file first
+
+        return FollowerWorker(config, line)
+    return ModelWorker(config, line)
 
 
 def worker_config(config: Mapping[str, Any]) -> WorkerConfig:
@@ -102,6 +108,7 @@ class Worker:
         self._server = rpc.server(config["token"], threads=SERVER_THREADS)
         self._links = Links(self.boot, config["token"])
         self._boots: dict[str, Boot] = {}
+        self._lenders: list[Lender] = []
         self._stopping = threading.Event()
         self.address = ""
         self._build()
@@ -117,6 +124,9 @@ class Worker:
         self._open_bank(book=None, data=None, on_engine=None)
 
     def lend_cap(self) -> int:
+        """Slots that may be lent at once."""
+        if self.kind == "model" and self.worker_config.shards > 1:
+            return 0                                            # such a replica only borrows: docs/decisions/
         share = self._settings["lend_cap"]
         if share is None:
             share = 1.0 if self.kind == "lender" else 0.5
@@ -193,6 +203,30 @@ class Worker:
     def _start_threads(self) -> None:
         """Nothing more to run."""
 
+    # -- what a borrower's parts ask ----------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self._settings
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._config
+
+    @property
+    def cache_secret(self) -> bytes:
+        return bytes.fromhex(self._config["cache_secret"])
+
+    def lenders(self) -> list[Lender]:
+        """By the latest advice; never waits."""
+        return self._lenders
+
+    def _run_advice(self) -> None:
+        assert self._line is not None
+        while not self._stopping.wait(ADVICE_S):
+            candidates = self._line.lenders(self.vault.num_slots, self.layout.slot_bytes)
+            self._lenders = [Lender(c.id, Boot(c.boot), c.address, c.slots_lendable) for c in candidates]
+
     # -- status -----------------------------------------------------------------------------------------------------------------------
 
     def status(self) -> pb.WorkerStatus:
@@ -229,12 +263,11 @@ class ModelWorker(Worker):
     def _build(self) -> None:
         from kvbank.workers.leader import build_leader          # the decoder is imported only where a model runs
 
-        self._lenders: list[Lender] = []
-        self._capacity_slots = 0
         leader = build_leader(self)
         self.layout, self.arena, self.vault = leader.parts.layout, leader.parts.arena, leader.vault
         self.borrower, self.parts, self.remote = leader.borrower, leader.parts, leader.remote
         self.store, self._fetcher = leader.store, leader.fetcher
+        self.chain = leader.chain
         self._open_bank(book=leader.book, data=leader.borrower, on_engine=leader.borrower.from_banker)
         self.borrower.connect(self.banker)
         self.book = leader.book
@@ -243,20 +276,12 @@ class ModelWorker(Worker):
                                 clock=time.monotonic)
 
     def root_of(self, layout: Layout) -> Callable[[str], BlockKey]:
-        secret = bytes.fromhex(self._config["cache_secret"])
-        return root_keys(secret, self._config.get("model_digest", ""), layout, self.worker_config)
+        return root_keys(self.cache_secret, self._config.get("model_digest", ""), layout, self.worker_config)
 
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return self._settings
-
-    @property
-    def cache_secret(self) -> bytes:
-        return bytes.fromhex(self._config["cache_secret"])
-
-    def lenders(self) -> list[Lender]:
-        """By the latest advice; never waits."""
-        return self._lenders
+    def find_shard(self, shard: int) -> str | None:
+        """Where another shard of this replica listens now, by membership; never waits."""
+        members = self._line.members if self._line is not None else ()
+        return next((member.address for member in members if member.id == f"{self.id}.{shard}"), None)
 
     def locate(self, keys: Sequence[BlockKey]) -> list[tuple[Lender, list[BlockKey]]]:
         """Who holds which of these keys; asks control."""
@@ -272,20 +297,24 @@ class ModelWorker(Worker):
         return found
 
     def capacity_tokens(self) -> int:
-        """KV tokens that this worker could have at once: own slots, neighbours' to lend, and the host tier."""
-        own = self.vault.num_slots
+        """KV tokens that this replica could have at once: own slots, neighbours' to lend, and the host tier."""
+        own, shards = self.vault.num_slots, self.worker_config.shards
         share = self._settings["lend_cap"]
         lent = 0
         for member in self._line.members if self._line is not None else ():
-            if member.id != self.id and member.slot_bytes >= self.layout.slot_bytes:
-                default = 1.0 if member.kind == "lender" else 0.5
-                lent += int(member.slots_total * (default if share is None else share))
+            if member.id == self.id or member.slot_bytes < self.layout.slot_bytes or (shards > 1 and member.kind == "model"):
+                continue
+            default = 1.0 if member.kind == "lender" else 0.5
+            lent += int(member.slots_total * (default if share is None else share))
+        lent //= shards                                         # a span takes a slot for each shard
         parked = self._settings["host_bytes"] // (self.layout.slot_bytes + 8192)
         return int(own + lent + parked) * self.layout.span_tokens
 
     def stop(self) -> None:
         super().stop()
         self.engine.wake.set()
+        if self.chain is not None:
+            self.chain.close()
         if self._fetcher is not None:
             self._fetcher.close()
         if self.store is not None:
@@ -314,11 +343,11 @@ class ModelWorker(Worker):
             elif engine.counters.steps == steps:
                 engine.wake.wait(0.01 if engine.busy else 0.5)
 
-    def _run_advice(self) -> None:
-        assert self._line is not None
-        while not self._stopping.wait(ADVICE_S):
-            candidates = self._line.lenders(self.vault.num_slots, self.layout.slot_bytes)
-            self._lenders = [Lender(c.id, Boot(c.boot), c.address, c.slots_lendable) for c in candidates]
+    def report(self, full: bool) -> Mapping[str, Any]:
+        report = super().report(full)
+        if self.chain is not None:                              # a hit counts only where every shard reports it
+            self.chain.note_keys(report["keys_added"], report["keys_removed"], whole=full)
+        return report
 
     def _load(self) -> Mapping[str, Any]:
         scheduler = self.engine.scheduler
