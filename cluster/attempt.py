@@ -127,11 +127,11 @@ class Attempt:
     def _take(self, tokens: jobs_pb2.Tokens) -> bool:
         """Append what is new; False when a token is missing in between. After a stop string nothing is taken."""
         job = self._job
+        if job.ending:
+            return True
         skip = len(job.ids) - tokens.first_index
         if skip < 0:
             return False
-        if job.ending:
-            return True
         now, before = self._clock(), len(job.ids)
         for token in np.frombuffer(tokens.ids, dtype="<i4")[skip:].tolist():
             job.take(token, now)

@@ -178,9 +178,8 @@ def test_a_cancel_that_its_worker_ignores_still_ends_the_job(make_worker, make_s
 
 
 def test_a_stop_string_ends_the_job_and_its_text_is_not_returned(make_worker, make_server, answer_of) -> None:
-    worker = make_worker("worker-0")
-    text = bytes(answer_of(PROMPT, 30)).decode()
-    job = run(make_server(worker).address, max_tokens=30, stop=["never", text[5:8]])
+    text = bytes(answer_of(PROMPT, 3000)).decode()
+    job = run(make_server(make_worker("worker-0")).address, max_tokens=3000, stop=["never", text[5:8]])
     assert job["result"]["text"] == text[:5]
     assert job["result"]["finish_reason"] == "stop"
     assert job["result"]["token_ids"] == answer_of(PROMPT, 8)
@@ -267,7 +266,7 @@ def test_stopping_the_gateway_ends_jobs_with_a_typed_error(make_worker, make_ser
     assert any('"unavailable"' in line for line in got) and worker.cancels == ["stopping"]
 
 
-@pytest.mark.parametrize("module", ["gateway", "http.server", "client"])
+@pytest.mark.parametrize("module", ["gateway", "http.server", "client", "cli", "doctor", "plan"])
 def test_the_edge_never_imports_torch_or_ray(module: str) -> None:
     code = (f"import sys, kvbank.cluster.{module}; "
             "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])")
