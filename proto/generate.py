@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-NAMES = ["bank", "control", "jobs", "shard"]
+NAMES = ["bank", "control", "jobs"]
 
 
 def generate(into: Path) -> None:
