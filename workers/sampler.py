@@ -80,10 +80,15 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence
     return good
 
 
-def gumbel_noise(seed: int, position: int, vocab_size: int) -> np.ndarray:
-    """Standard Gumbel noise, [vocab_size] float32: a function of its arguments, up to an ulp of the machine's `log`."""
+def gumbel_noise(seed: int, position: int, vocab_size: int, tokens: np.ndarray | None = None) -> np.ndarray:
+    """Standard Gumbel noise, [vocab_size] float32: a function of its arguments, up to an ulp of the machine's `log`.
+
+    tokens: only the noise of these ids, in their order.
+    """
     words = np.random.Philox(key=np.array([seed, position], dtype=np.uint64)).random_raw((vocab_size + 1) // 2)
     words = words.astype("<u8", copy=False).view("<u4")[:vocab_size]
+    if tokens is not None:
+        words = words[tokens]
     # Uniform in (0, 1], fine near 0 because that end makes the winners: -log1p(-u) is an exponential waiting time.
     uniform = words.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
     with np.errstate(divide="ignore"):       # u = 1: waits for ever
@@ -91,17 +96,17 @@ def gumbel_noise(seed: int, position: int, vocab_size: int) -> np.ndarray:
 
 
 def _draw(logits: np.ndarray, best: float, param: SamplingParams, position: int) -> int:
-    scores = (logits - np.float32(best)) / np.float32(max(param.temperature, 1e-6))     # largest is 0
+    with np.errstate(over="ignore"):         # a token that far below the best can only be -inf
+        scores = (logits - np.float32(best)) / np.float32(max(param.temperature, 1e-6))     # largest is 0
     floor = -math.inf
     if 0 < param.top_k < len(scores):
         floor = float(np.partition(scores, -param.top_k)[-param.top_k])
     if param.top_p < 1:
         floor = max(floor, _top_p_floor(scores[scores >= floor], param.top_p))
-    noise = gumbel_noise(param.seed, position, len(scores))
     if floor == -math.inf:
-        return int(np.argmax(scores + noise))
+        return int(np.argmax(scores + gumbel_noise(param.seed, position, len(scores))))
     kept = np.flatnonzero(scores >= floor)
-    return int(kept[np.argmax(scores[kept] + noise[kept])])
+    return int(kept[np.argmax(scores[kept] + gumbel_noise(param.seed, position, len(scores), kept))])
 
 
 def _top_p_floor(scores: np.ndarray, top_p: float) -> float:

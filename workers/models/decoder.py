@@ -47,6 +47,7 @@ class Decoder:
         self.num_layers = len(layers)
         self.dtype = weights["0.qkv"].dtype
         build = _Builder(config, weights, device)
+        self.packed = build.packed
         self._layers = [build.layer(f"{index}.") for index in range(self.num_layers)]
         self._embed = build.vector("embed") if "embed" in weights else None
         self._norm = build.vector("norm") if last else None
@@ -115,7 +116,7 @@ class _Builder:
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], device: str) -> None:
         self._config, self._weights, self._device = config, weights, device
-        self._packed = can_pack(weights["0.qkv"].dtype, device)
+        self.packed = can_pack(weights["0.qkv"].dtype, device)
 
     def layer(self, at: str) -> _Layer:
         c = self._config
@@ -138,15 +139,15 @@ class _Builder:
         if not self._config.tie_embeddings:
             return self._linear("head", None)
         assert embed is not None
-        return PackedLinear(embed, shared=True) if self._packed else PlainLinear(embed)
+        return PackedLinear(embed, shared=True) if self.packed else PlainLinear(embed)
 
     def _linear(self, name: str, bias: str | None) -> Linear:
-        kind = PackedLinear if self._packed else PlainLinear
+        kind = PackedLinear if self.packed else PlainLinear
         return kind(self.vector(name), self.vector(bias) if bias else None)
 
     def _gate(self, name: str) -> Callable[[Tensor], Tensor]:
         inner = self._config.intermediate_size
-        return PackedGate(self.vector(name), inner) if self._packed else PlainGate(self._linear(name, None), inner)
+        return PackedGate(self.vector(name), inner) if self.packed else PlainGate(self._linear(name, None), inner)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

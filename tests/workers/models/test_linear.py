@@ -1,0 +1,83 @@
+"""Packed products against plain ones, and the property that `bitwise` rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kvbank.workers.models.linear import PackedGate, PackedLinear, PlainGate, PlainLinear, can_pack
+
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(96, 320), (352, 130), (512, 1024)]                # (in, out); 130: no multiple of any vector width
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def need_packed(dtype: torch.dtype) -> None:
+    if not can_pack(dtype, "cpu"):
+        pytest.skip(f"oneDNN has no packed products for {dtype} on this CPU")
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    return {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 3, 8, 33])
+@pytest.mark.parametrize("biased", [False, True])
+def test_packed_products_equal_plain_ones(
+    shape: tuple[int, int], rows: int, biased: bool, dtype: torch.dtype
+) -> None:
+    need_packed(dtype)
+    torch.manual_seed(0)
+    weight, bias = torch.randn(shape[::-1]).mul_(0.1).to(dtype), torch.randn(shape[1]).to(dtype) if biased else None
+    x, other = torch.randn(rows, shape[0]).to(dtype), torch.randn(rows, shape[1]).to(dtype)
+    packed, plain = PackedLinear(weight, bias), PlainLinear(weight, bias)
+    expected = plain(x)
+    torch.testing.assert_close(packed(x), expected, **tolerance(dtype))
+    torch.testing.assert_close(PackedLinear(weight, bias, shared=True)(x), expected, **tolerance(dtype))
+    torch.testing.assert_close(packed.plus(x, other), expected + other, **tolerance(dtype))
+    torch.testing.assert_close(packed.times(x, other), expected * other, **tolerance(dtype))
+    torch.testing.assert_close(packed.silu(x), F.silu(expected), **tolerance(dtype))
+    torch.testing.assert_close(plain.plus(x, other.clone()), expected + other, **tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_packed_gate_equals_the_plain_one(dtype: torch.dtype) -> None:
+    need_packed(dtype)
+    torch.manual_seed(0)
+    gate_up, x = torch.randn(2 * 130, 96).mul_(0.1).to(dtype), torch.randn(5, 96).to(dtype)
+    torch.testing.assert_close(PackedGate(gate_up, 130)(x), PlainGate(PlainLinear(gate_up), 130)(x), **tolerance(dtype))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (11008, 64)])     # 11008: a sum too long for one pass
+def test_a_row_of_a_packed_product_does_not_depend_on_the_number_of_rows(
+    shape: tuple[int, int], dtype: torch.dtype, threads: int, torch_threads
+) -> None:
+    need_packed(dtype)
+    torch_threads(threads)
+    torch.manual_seed(0)
+    linear, x = PackedLinear(torch.randn(shape[::-1]).to(dtype)), torch.randn(512, shape[0]).to(dtype)
+    factor = torch.randn(512, shape[1]).to(dtype)
+    eights = [slice(start, start + 8) for start in range(0, 512, 8)]
+    for product in (linear, linear.silu):
+        by_eights = torch.cat([product(x[rows]) for rows in eights])
+        assert all(torch.equal(product(x[:count]), by_eights[:count]) for count in (16, 24, 56, 64, 128, 264, 512))
+    for product in (linear.plus, linear.times):
+        by_eights = torch.cat([product(x[rows], factor[rows]) for rows in eights])
+        assert all(torch.equal(product(x[:n], factor[:n].clone()), by_eights[:n]) for n in (16, 24, 56, 128, 264, 512))
+
+
+def test_a_device_or_dtype_without_packed_products_is_told() -> None:
+    assert not can_pack(torch.float16, "cpu")
+    assert not can_pack(torch.float32, "cuda")
