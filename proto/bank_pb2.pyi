@@ -195,7 +195,9 @@ class Stale(_message.Message):
     def __init__(self, refs: _Optional[_Iterable[_Union[Ref, _Mapping]]] = ...) -> None: ...
 
 class OtherBoot(_message.Message):
-    __slots__ = ("boot",)
+    __slots__ = ("boot", "asked")
     BOOT_FIELD_NUMBER: _ClassVar[int]
+    ASKED_FIELD_NUMBER: _ClassVar[int]
     boot: bytes
-    def __init__(self, boot: _Optional[bytes] = ...) -> None: ...
+    asked: bytes
+    def __init__(self, boot: _Optional[bytes] = ..., asked: _Optional[bytes] = ...) -> None: ...

@@ -1,0 +1,344 @@
+"""What goes into the two loan cores and what comes out. Plain frozen data; messages of the wire are in messages.py.
+
+    driver, engine --event--> LoanLedger.on(now, event), DebtBook.on(now, event) --effects--> driver, engine
+
+An Envelope is an event too: it arrived. Slots and spans are ints; a span's uid is the engine's own name for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvbank.kvstore.layout import BlockKey, Boot
+from kvbank.kvstore.messages import Age, BadDigest, Envelope, KeptSpan, Message, Ref, Sealed, Stale
+
+# -- both cores ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, frozen=True)
+class Tick:
+    """Event: `wake_at()` has come."""
+
+
+@dataclass(slots=True, frozen=True)
+class PeerGone:
+    """Event: that life of a peer is over: another boot answers at its address, or it refused three connects within 1 s."""
+
+    boot: Boot
+
+
+@dataclass(slots=True, frozen=True)
+class Send:
+    """Effect: put the message on the session to that boot."""
+
+    to_boot: Boot
+    message: Message
+
+
+@dataclass(slots=True, frozen=True)
+class InDebt:
+    """Effect of the book, event of the ledger, passed on before any Send of the same list: whether this member owes, or
+    has a Borrow in flight. `age` is that of the oldest job it borrows for."""
+
+    owes: bool
+    age: Age | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Avoid:
+    """Effect of the ledger, event of the book: no new loan with that peer before `until` (same clock)."""
+
+    boot: Boot
+    until: float
+
+
+# -- LoanLedger ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, frozen=True)
+class PutBytes:
+    """Event: a piece of a Put was placed; the fill timer starts again."""
+
+    ref: Ref
+
+
+@dataclass(slots=True, frozen=True)
+class PutEnded:
+    """Event: a Put that `begin_put` let through is over. `got`: digest of the bytes in the slot; None: it was cut short."""
+
+    ref: Ref
+    span: KeptSpan | None
+    got: bytes | None
+
+
+@dataclass(slots=True, frozen=True)
+class Need:
+    """Event: a job of this age wants `slots` lent slots on their way back. Safe to repeat: counts those already coming."""
+
+    slots: int
+    age: Age
+    urgent: bool = True
+
+
+@dataclass(slots=True, frozen=True)
+class Homecoming:
+    """Event: `slots` lent slots should come back, calmly, whoever has them. Counts those already coming."""
+
+    slots: int
+
+
+@dataclass(slots=True, frozen=True)
+class Drain:
+    """Event: this member is leaving (or not, after all): recall everything with a long deadline and grant nothing."""
+
+    on: bool = True
+
+
+@dataclass(slots=True, frozen=True)
+class Answer:
+    """Effect: the reply on the bulk stream whose PutEnded this was."""
+
+    message: Sealed | BadDigest | Stale
+
+
+@dataclass(slots=True, frozen=True)
+class Revoked:
+    """Effect, for log and audit: the ref has ended. why: settled | recall | recall_over | not_kept | term | fill | digest | gone."""
+
+    ref: Ref
+    why: str
+
+
+LedgerEvent = Envelope | Tick | PeerGone | InDebt | PutBytes | PutEnded | Need | Homecoming | Drain
+LedgerEffect = Send | Answer | Revoked | Avoid
+
+
+# -- DebtBook: events ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, frozen=True)
+class Want:
+    """Move these spans to a lender: full, digestible, LOCAL; or REMOTE or RETURNING, to move them on. Candidates in order."""
+
+    lenders: tuple[Boot, ...]
+    uids: tuple[int, ...]
+    tenant: str
+    age: Age
+    deadline: float = float("inf")     # on the clock of `now`; nothing is asked for later than that
+
+
+@dataclass(slots=True, frozen=True)
+class Adopt:
+    """Borrow spans that lie idle in the lender's cache under these keys, in place. uids: new names, one per key."""
+
+    lender: Boot
+    uids: tuple[int, ...]
+    keys: tuple[BlockKey, ...]
+    tenant: str
+    age: Age
+
+
+@dataclass(slots=True, frozen=True)
+class PutDone:
+    """The lender answered Sealed. digest: over our own copy, before it was sent; sealed: the lender's, over what it placed."""
+
+    ref: Ref
+    digest: bytes
+    sealed: bytes
+
+
+@dataclass(slots=True, frozen=True)
+class PutFailed:
+    """why: 'stale' (the lender said so) | 'bad_digest' | 'cut' (tried again until it is given up)."""
+
+    ref: Ref
+    why: str
+
+
+@dataclass(slots=True, frozen=True)
+class BringHome:
+    """The engine has room: fetch these REMOTE or RETURNING spans. to: LOCAL (own slots) | SPILLED (host tier)."""
+
+    uids: tuple[int, ...]
+    to: str
+    why: str = "home"
+
+
+@dataclass(slots=True, frozen=True)
+class CopyVerified:
+    """A fetched copy of the span is whole. digest: over the bytes where they lie now; the book compares it with Sealed's."""
+
+    uid: int
+    digest: bytes
+
+
+@dataclass(slots=True, frozen=True)
+class FetchFailed:
+    """why: 'cut' (tried again until it is given up) | 'stale'. A wrong digest is a CopyVerified with that digest."""
+
+    uid: int
+    why: str
+
+
+@dataclass(slots=True, frozen=True)
+class NoLongerNeeded:
+    """No job needs the spans (they ended, or were dropped). Settled at the next step boundary; keep: worth caching there."""
+
+    uids: tuple[int, ...]
+    keep: bool = True
+
+
+@dataclass(slots=True, frozen=True)
+class StepBoundary:
+    """The engine thread is between two steps: no Attend of ours is under way. Only now are spans flipped."""
+
+
+@dataclass(slots=True, frozen=True)
+class AttendSlow:
+    """No Partial from that lender for attend_hedge_s."""
+
+    lender: Boot
+
+
+@dataclass(slots=True, frozen=True)
+class AttendSilent:
+    """No Partial from that lender for attend_lost_s."""
+
+    lender: Boot
+
+
+BookEvent = (
+    Envelope | Tick | PeerGone | Avoid | Want | Adopt | PutDone | PutFailed | BringHome | CopyVerified | FetchFailed
+    | NoLongerNeeded | StepBoundary | AttendSlow | AttendSilent | Stale
+)
+
+
+# -- DebtBook: effects at any time (driver) ------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, frozen=True)
+class StartPut:
+    """Send the span's bytes to `ref`, then PutDone or PutFailed. Repeated while unanswered: ignore it if bytes still move.
+
+    source None: from our own slot. Else: fetch from `source` into bounded staging, check `digest`, send that.
+    """
+
+    uid: int
+    ref: Ref
+    source: Ref | None = None
+    digest: bytes = b""
+
+
+@dataclass(slots=True, frozen=True)
+class StartFetch:
+    """Fetch the span from `ref` to `to` (LOCAL | SPILLED), then CopyVerified or FetchFailed. Repeated while unanswered."""
+
+    uid: int
+    ref: Ref
+    to: str
+    digest: bytes
+
+
+@dataclass(slots=True, frozen=True)
+class ProbePeer:
+    """Open a second connection, say Hello, and report PeerGone if another boot answers or nobody listens."""
+
+    boot: Boot
+
+
+@dataclass(slots=True, frozen=True)
+class FlipsWaiting:
+    """Something waits for a StepBoundary: wake an idle engine."""
+
+
+# -- DebtBook: effects for the engine, at any time ---------------------------------------------------------------------------
+
+
+@dataclass(slots=True, frozen=True)
+class BackToLocal:
+    """The span is not lent after all: it was, and is, read locally. reason: a Refuse code, or nobody | give_up | stale | ..."""
+
+    uid: int
+    reason: str
+
+
+@dataclass(slots=True, frozen=True)
+class StayedRemote:
+    """A voluntary move failed: the span is read where it was."""
+
+    uid: int
+    reason: str
+
+
+@dataclass(slots=True, frozen=True)
+class MustReturn:
+    """The lender wants the slot back. Climb: BringHome(LOCAL) | Want(another lender) | BringHome(SPILLED), park | NoLongerNeeded.
+
+    Left alone, the span is Lost after `within_s`. Sent again when an attempt failed and time is left.
+    """
+
+    uid: int
+    within_s: float
+    why: str
+
+
+@dataclass(slots=True, frozen=True)
+class AdoptFailed:
+    """reason: a Refuse code, or nobody | give_up | gone | ..."""
+
+    uid: int
+    key: BlockKey
+    reason: str
+
+
+# -- DebtBook: flips, only in the list that a StepBoundary returns ------------------------------------------------------------
+
+
+@dataclass(slots=True, frozen=True)
+class Moved:
+    """Read the span at `ref` from now on, and free its local copy if there is one."""
+
+    uid: int
+    ref: Ref
+    digest: bytes
+
+
+@dataclass(slots=True, frozen=True)
+class Adopted:
+    """A new REMOTE span: the KV of `key`, read at `ref`."""
+
+    uid: int
+    key: BlockKey
+    ref: Ref
+    digest: bytes
+
+
+@dataclass(slots=True, frozen=True)
+class CameHome:
+    """Read the fetched copy from now on. to: LOCAL | SPILLED."""
+
+    uid: int
+    to: str
+
+
+@dataclass(slots=True, frozen=True)
+class Lost:
+    """The span's bytes are gone: make a hole. reason: stale | missing | recall | silent | gone | tainted (wrong bytes may
+    have been used: drop everything after it too)."""
+
+    uid: int
+    ref: Ref
+    reason: str
+
+
+@dataclass(slots=True, frozen=True)
+class Gone:
+    """NoLongerNeeded was done; the uid is forgotten."""
+
+    uid: int
+
+
+BookEffect = (
+    Send | InDebt | StartPut | StartFetch | ProbePeer | FlipsWaiting | BackToLocal | StayedRemote | MustReturn | AdoptFailed
+    | Moved | Adopted | CameHome | Lost | Gone
+)
