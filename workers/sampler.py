@@ -17,6 +17,7 @@ from torch import Tensor
 from kvbank.errors import InvalidRequest, ModelError
 
 SEED_LIMIT = 1 << 63                         # seeds travel as signed 64-bit integers
+MAX_TEMPERATURE = 100                        # far beyond any use: all tokens are equally likely there
 FIRST_LOOK = 1024                            # top-p tries this many likely tokens before it sorts the whole vocabulary
 
 
@@ -30,8 +31,8 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, (int, float), 0 <= _number(self.temperature) < math.inf,
-               "a finite number of at least 0")
+        _check("temperature", self.temperature, (int, float), 0 <= _number(self.temperature) <= MAX_TEMPERATURE,
+               f"a number from 0 to {MAX_TEMPERATURE}")
         _check("top_p", self.top_p, (int, float), 0 < _number(self.top_p) <= 1, "a number above 0 and at most 1")
         _check("top_k", self.top_k, (int,), 0 <= _number(self.top_k) < 1 << 31, "an integer of at least 0")
         _check("seed", self.seed, (int,), 0 <= _number(self.seed) < SEED_LIMIT,
@@ -123,9 +124,9 @@ def _top_p_floor(scores: np.ndarray, top_p: float) -> float:
         count = len(scores)
 
 
-def _number(value: object) -> float:
+def _number(value: object) -> int | float:
     """The value for a comparison; NaN, which fails them all, when it is no number."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
 
 def _check(field: str, value: object, kinds: tuple[type, ...], in_range: bool, wanted: str) -> None:
