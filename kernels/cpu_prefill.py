@@ -5,7 +5,7 @@ a few per cent, and buys calls over thousands of keys at once.
 
     keys    |------ past: every row sees all ------|-- own: row t sees the first t+1 --|
             0                                      p0                                  p0 + T
-            one call without mask                  one call, is_causal (top-left aligned, which is right here)
+            calls without mask                     squares with is_causal (top-left aligned, which is right here)
 
 Anything else (a window, scattered positions, missing spans) goes the general way: spans that every row sees whole in
 calls without mask, the others in calls with an additive mask made from positions.
@@ -23,6 +23,7 @@ from kvbank.kernels.cpu_attention import SlotRows, flash
 from kvbank.kernels.segments import Geometry, Segment
 
 STAGED_TOKENS = 8192                         # keys gathered at once: bounds the staging buffer
+CAUSAL_ROWS = 128                            # rows of a causal square
 
 _Partial = tuple[Tensor, Tensor]
 
@@ -43,13 +44,13 @@ class Staging:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Keys that one gather brings, and the calls over them: |-- past --|-- own or masked --|, either may be empty."""
+    """Keys that one gather brings: seen whole by every row, or |-- past --|-- own --| causally, or under a mask."""
 
     slots: SlotRows
     num_slots: int
-    past: int                                # tokens from the front that every row sees
-    own: bool = False                        # behind them: the T keys of the rows themselves, causal
-    mask: Tensor | None = None               # behind them: additive [T, rest], in q's dtype
+    past: int = 0                            # with `own`: tokens from the front that every row sees,
+    own: bool = False                        # and behind them the T keys of the rows themselves
+    mask: Tensor | None = None               # additive [T, tokens], in q's dtype
     blind: Tensor | None = None              # [T] bool, rows that see none of what is masked; None: all see something
 
 
@@ -74,28 +75,46 @@ class ChunkAttention:
         for part in self._parts:
             staged = part.slots.gather(kv, self._staging.room(part.num_slots, kv), heads_first=True)
             keys, values = (x.flatten(1, 2)[:, None].expand(-1, g.group, -1, -1) for x in staged)
-            for partial in _calls(part, query, keys, values, scale):                       # G heads read one KV head
-                merged = partial if merged is None else _merge(merged, partial)
+            partial = _attend(part, query, keys, values, scale)                            # G heads read one KV head
+            merged = partial if merged is None else _merge(merged, partial)
         assert merged is not None, "a segment that sees nothing is not run"
         out, lse = merged
         return out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
 
 
-def _calls(part: Part, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> list[_Partial]:
+def _attend(part: Part, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> _Partial:
     """keys, values: [Hk, G, tokens, d]."""
-    calls = []
-    past, rest = slice(0, part.past), slice(part.past, None)
-    if part.past:
-        calls.append(flash(query, keys[:, :, past], values[:, :, past], 0.0, False, scale=scale))
     if part.own:
-        own = slice(part.past, part.past + query.shape[2])
-        calls.append(flash(query, keys[:, :, own], values[:, :, own], 0.0, True, scale=scale))
-    elif part.mask is not None:
-        out, lse = flash(query, keys[:, :, rest], values[:, :, rest], 0.0, False, attn_mask=part.mask, scale=scale)
-        if part.blind is not None:
-            lse = lse.masked_fill(part.blind, float("-inf"))             # the op says out 0, but also lse 0
-        calls.append((out, lse))
-    return [(out.float(), lse) for out, lse in calls]
+        own = _causal(query, keys[:, :, part.past :], values[:, :, part.past :], scale)
+        if not part.past:
+            return own
+        return _merge(_fused(query, keys[:, :, : part.past], values[:, :, : part.past], scale), own)
+    if part.mask is None:
+        return _fused(query, keys, values, scale)
+    out, lse = flash(query, keys, values, 0.0, False, attn_mask=part.mask, scale=scale)
+    if part.blind is not None:
+        lse = lse.masked_fill(part.blind, float("-inf"))                 # the op says out 0, but also lse 0
+    return out.float(), lse
+
+
+def _causal(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> _Partial:
+    """Row t over keys 0 .. t. In tiles: the op computes the whole square of a causal call, so small ones waste less."""
+    done = []
+    for start in range(0, query.shape[2], CAUSAL_ROWS):
+        tile = query[:, :, start : start + CAUSAL_ROWS]
+        stop = start + tile.shape[2]
+        partial = _fused(tile, keys[:, :, start:stop], values[:, :, start:stop], scale, causal=True)
+        if start:
+            partial = _merge(_fused(tile, keys[:, :, :start], values[:, :, :start], scale), partial)
+        done.append(partial)
+    if len(done) == 1:
+        return done[0]
+    return torch.cat([out for out, _ in done], dim=2), torch.cat([lse for _, lse in done], dim=2)
+
+
+def _fused(query: Tensor, keys: Tensor, values: Tensor, scale: float, *, causal: bool = False) -> _Partial:
+    out, lse = flash(query, keys, values, 0.0, causal, scale=scale)
+    return out.float(), lse
 
 
 def _merge(a: _Partial, b: _Partial) -> _Partial:
@@ -122,11 +141,10 @@ def _parts(segment: Segment, g: Geometry, window: int | None) -> list[Part]:
     if consecutive and not start.any() and np.array_equal(spans[own, 0], np.arange(first, last + 1)):
         return _causal_parts(spans[~own, 1], spans[own, 1], int(positions[0]) % size, size)
     whole = (start == 0).all(1) & (stop == size).all(1)
-    parts = [Part(SlotRows(slots), len(slots), past=len(slots) * size)
-             for slots in _tiles(spans[whole, 1], size)]
+    parts = [Part(SlotRows(slots), len(slots)) for slots in _tiles(spans[whole, 1], size)]
     for tile in _tiles((~whole).nonzero()[0], size):
         mask, blind = _mask(start[tile], stop[tile], g)
-        parts.append(Part(SlotRows(spans[tile, 1]), len(tile), past=0, mask=mask, blind=blind))
+        parts.append(Part(SlotRows(spans[tile, 1]), len(tile), mask=mask, blind=blind))
     return parts
 
 
@@ -134,7 +152,7 @@ def _causal_parts(past: np.ndarray, own: np.ndarray, offset: int, size: int) -> 
     """The past in tiles; the last tile rides in the same gather as the chunk's own spans."""
     tiles = _tiles(past, size)
     tail = tiles.pop() if tiles else past
-    parts = [Part(SlotRows(tile), len(tile), past=len(tile) * size) for tile in tiles]
+    parts = [Part(SlotRows(tile), len(tile)) for tile in tiles]
     last = np.concatenate([tail, own])
     return [*parts, Part(SlotRows(last), len(last), past=len(tail) * size + offset, own=True)]
 

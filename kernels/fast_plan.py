@@ -10,7 +10,7 @@ from kvbank.kernels.cpu_prefill import ChunkAttention, Staging
 from kvbank.kernels.row_merge import RowMerge
 from kvbank.kernels.segments import Geometry, Partials, Segment, visible_pairs
 
-FEW_ROWS = 16                                # rows of a segment up to which one partial per span is cheaper
+FEW_ROWS = 8                                 # rows of a segment up to which one partial per span is cheaper
 
 
 class FastPlan:

@@ -15,7 +15,7 @@ if importlib.util.find_spec("triton") is None:
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton was loaded before its interpreter was asked for: run this file alone", allow_module_level=True)
+        pytest.skip("Triton was loaded before its interpreter was asked for: run it alone", allow_module_level=True)
     os.environ["TRITON_INTERPRET"] = "1"                     # read by Triton's decorators, so before the first import
 
 from kvbank.kernels import triton_attention  # noqa: E402
