@@ -268,6 +268,7 @@ class DebtBook:
         if loan is not None and loan.state == ASKED:
             self.counters[f"refused_{message.code}"] += 1
             loan.asking.last_code = message.code
+            lender.avoid_until = max(lender.avoid_until, now + message.retry_ms / 1e3)
             del lender.loans[message.loan]
             self._ask(now, loan.asking)
 

@@ -9,6 +9,7 @@ Translates and remembers where each lent span is; every decision is the book's. 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from kvbank.kvstore.vault import Arena
 from kvbank.workers.remote_attention import Ref as SlotRef
 from kvbank.workers.remote_attention import StreamBroken
 from kvbank.workers.seams import Adopted, AdoptEnded, BankEvent, Lost, Move, Moved, MustReturn, Returned, Stayed, StayedAway
+
+
+REMEMBERED = 8192                            # spans left at lenders whose place we remember
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,8 @@ class Borrower:
         self._homes: dict[int, _Home] = {}
         self._jobs: dict[int, str] = {}              # adopted uid -> job
         self._asking: dict[str, set[int]] = {}       # job -> uids without an answer
+        self._key_of: dict[int, BlockKey] = {}       # uid -> the span's own key, while it is away
+        self._left: OrderedDict[BlockKey, Boot] = OrderedDict()      # settled with keep: probably cached there
         self._asked = 0                              # slots asked for and neither granted nor refused
         self._inbox: list[Any] = []
         self._lock = Lock()
@@ -109,6 +115,7 @@ class Borrower:
     def lend_out(self, moves: Sequence[Move], *, tenant: str, age: float) -> None:
         with self._lock:
             self._moves.update((move.uid, move) for move in moves)
+            self._key_of.update((move.uid, move.keys[-1]) for move in moves)
         self._asked += len(moves)
         lenders = self._in_order()
         uids = tuple(move.uid for move in moves)
@@ -127,10 +134,15 @@ class Borrower:
         self._tell(loans.BringHome((uid,), "LOCAL"))
 
     def settle(self, uids: Sequence[int], *, keep: bool) -> None:
-        for uid in uids:
-            self._where.pop(uid, None)
-            with self._lock:
+        with self._lock:
+            for uid in uids:
                 self._homes.pop(uid, None)           # bytes on their way home must not land in a slot given up
+                ref, key = self._where.pop(uid, None), self._key_of.pop(uid, None)
+                if keep and ref is not None and key is not None:
+                    self._left[key] = ref.lender_boot
+                    self._left.move_to_end(key)
+            while len(self._left) > REMEMBERED:
+                self._left.popitem(last=False)
         self._tell(loans.NoLongerNeeded(tuple(uids), keep))
 
     def poll(self) -> list[BankEvent]:
@@ -223,15 +235,18 @@ class Borrower:
     def _find(self, job: str, keys: list[BlockKey], tenant: str, age: float) -> None:
         """Own thread: who holds which keys; then the book asks them."""
         assert self._locate is not None
-        taken: set[BlockKey] = set()
-        asked = []
+        holders: dict[BlockKey, Boot] = {}
         for lender, held in self._locate(keys):
-            mine = [key for key in held if key not in taken]
-            if mine:
-                taken.update(mine)
-                self._meet(lender)
-                uids = tuple(new_uid() for _ in mine)
-                asked.append(loans.Adopt(lender.boot, uids, tuple(mine), tenant, (age, "")))
+            self._meet(lender)
+            holders |= {key: lender.boot for key in held if key not in holders}
+        with self._lock:                             # what we left behind ourselves is known before control hears of it
+            holders |= {key: self._left[key] for key in keys if key in self._left and key not in holders}
+        by_boot: dict[Boot, list[BlockKey]] = {}
+        for key in keys:
+            if key in holders:
+                by_boot.setdefault(holders[key], []).append(key)
+        asked = [loans.Adopt(boot, tuple(new_uid() for _ in mine), tuple(mine), tenant, (age, ""))
+                 for boot, mine in by_boot.items()]
         with self._lock:
             waiting = self._asking.get(job)
             if waiting is not None:
@@ -262,8 +277,13 @@ class Borrower:
                 self._where[uid] = ref
                 self._end_move(uid)
                 return Moved(uid, self._name(ref.lender_boot))
+            case loans.AdoptFailed(key=key):
+                with self._lock:
+                    self._left.pop(key, None)
+                return None
             case loans.BackToLocal(uid=uid, reason=reason):
                 self._end_move(uid)
+                self._key_of.pop(uid, None)
                 return Stayed(uid, reason)
             case loans.StayedRemote(uid=uid):
                 with self._lock:
@@ -273,6 +293,9 @@ class Borrower:
                 return MustReturn(uid, within_s, why)
             case loans.Adopted(uid=uid, key=key, ref=ref):
                 self._where[uid] = ref
+                with self._lock:
+                    self._key_of[uid] = key
+                    self._left.pop(key, None)
                 return Adopted(self._jobs.get(uid, ""), key, uid, self._name(ref.lender_boot))
             case loans.CameHome(uid=uid):
                 self._where.pop(uid, None)
