@@ -21,7 +21,8 @@ import sys
 import time
 
 MARKER = "KVBANK_CLUSTER"            # the same as in cluster.config, which this file cannot import
-SWEEP_S = 5.0                        # for killing; a process that survives SIGKILL longer is stuck in the kernel
+SWEEP_S = 30.0                       # it takes a fraction of a second; longer only where a kernel is stuck or starved
+CLOSE_S = 7.0                        # how long the driver waits for it
 QUIET_S = 0.3                        # nobody of ours seen this long: nobody is left, not even one between fork and exec
 
 
@@ -44,7 +45,7 @@ class Guardian:
         """Kill the process group of `pid` at the end, whatever its environment says."""
         self._tell(f"watch {pid} {_started(pid)}\n")
 
-    def close(self, within_s: float = SWEEP_S + 2.0) -> bool:
+    def close(self, within_s: float = CLOSE_S) -> bool:
         """Sweep now; True when all was gone in time. Safe to repeat."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):

@@ -66,20 +66,23 @@ class ProcessLauncher:
     def start(self, config: Mapping[str, Any], *, threads: int = 1, within_s: float = 60.0) -> str:
         """Start one member and wait until it serves; its address. Raises its own typed error, or Unavailable."""
         spawned: Future[_Child] = Future()
-        self._spawns.put((lambda: self._spawn(config, threads), spawned))
+        with self._lock:                                         # nothing is asked after `close` ends the spawner
+            if self._stopping:
+                raise Unavailable("the cluster is stopping")
+            self._spawns.put((lambda: self._spawn(config, threads), spawned))
         child = spawned.result()
         try:
             answer = _readiness(child, within_s)
         finally:
             os.close(child.ready)
-        if answer is not None and "address" in answer:
+        if "address" in answer:
             child.serves = True
             return str(answer["address"])
         self.stop([config["id"]], grace_s=0.0)
-        if answer is not None and answer["error"] != KVBankError.code:
+        if answer["error"] != KVBankError.code:
             raise from_code(answer["error"], answer["message"])
-        why = answer["message"] if answer else _ending(child, within_s)
-        raise Unavailable(f"{config['id']} could not start: {why}; the end of its output:\n{tail(child.log_path)}")
+        raise Unavailable(f"{config['id']} could not start: {answer['message']}; the end of its output:\n"
+                          f"{tail(child.log_path)}")
 
     def dead(self) -> list[str]:
         """Ids of members that served and whose process has ended."""
@@ -151,23 +154,24 @@ def _send(pipe: IO[bytes], line: str) -> None:
     pipe.flush()
 
 
-def _readiness(child: _Child, within_s: float) -> dict[str, Any] | None:
-    """What it says about its start; None when it ended or stayed silent instead."""
+def _readiness(child: _Child, within_s: float) -> Mapping[str, Any]:
+    """What it says about its start, or, when it ended or stayed silent instead, an error that says so."""
     give_up, said = time.monotonic() + within_s, b""
     while not said.endswith(b"\n"):
         if not select.select([child.ready], [], [], max(0.0, give_up - time.monotonic()))[0]:
-            return None
+            return {"error": KVBankError.code, "message": f"it was not ready within {within_s:.0f} s"}
         if not (more := os.read(child.ready, 65536)):
-            return None
+            return {"error": KVBankError.code, "message": _ending(child)}
         said += more
-    answer = json.loads(said)
-    return answer if isinstance(answer, dict) else None
+    answer: Mapping[str, Any] = json.loads(said)
+    return answer
 
 
-def _ending(child: _Child, within_s: float) -> str:
-    code = child.process.poll()
-    if code is None:
-        return f"it was not ready within {within_s:.0f} s"
+def _ending(child: _Child) -> str:
+    try:
+        code = child.process.wait(1.0)                           # its pipe is closed, so it is ending
+    except subprocess.TimeoutExpired:
+        return "it closed its pipe without a word"
     return f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with status {code}"
 
 

@@ -39,7 +39,8 @@ def test_a_key_may_be_written_alone_in_its_section_or_dotted(written: dict) -> N
 
 def test_yaml_and_toml_say_the_same(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("tiers: {host_bytes: 1.5GiB, redis: null}\nhttp:\n  api_keys: {secret-1: alice}\n")
-    (tmp_path / "b.toml").write_text('tiers = {host_bytes = "1.5GiB", redis = "none"}\n[http.api_keys]\nsecret-1 = "alice"\n')
+    toml = 'tiers = {host_bytes = "1.5GiB", redis = "none"}\n[http.api_keys]\nsecret-1 = "alice"\n'
+    (tmp_path / "b.toml").write_text(toml)
     made = [config.load(tmp_path / name, environ={}) for name in ("a.yaml", "b.toml")]
     assert made[0].flat() == made[1].flat()
     assert made[0].tiers.host_bytes == 1_610_612_736 and made[0].tiers.redis is None
