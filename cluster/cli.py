@@ -428,7 +428,8 @@ def _bench(args: argparse.Namespace) -> int:
     sys.modules[spec.name] = module
     sys.path.insert(0, str(ROOT))                    # benches share bench/report.py
     spec.loader.exec_module(module)
-    return int(module.main([*args.rest, *(["--json"] if args.json else [])]) or 0)
+    status: int | None = module.main([*args.rest, *(["--json"] if args.json else [])])
+    return status or 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
