@@ -30,7 +30,9 @@ from kvbank.kvstore.layout import SlotId
 from kvbank.kvstore.span_table import Span
 from kvbank.workers.batch import StepPlan, StepResult
 from kvbank.workers.chain_frames import (
+    Ask,
     Copy,
+    Found,
     Hello,
     Keys,
     Logits,
@@ -42,6 +44,7 @@ from kvbank.workers.chain_frames import (
     Spill,
     Step,
     Unpark,
+    Want,
     placed,
 )
 from kvbank.workers.chain_link import LeadLink, LinkBroken, Onward
@@ -77,9 +80,10 @@ class Chain:
         self.timings = timings or ChainTimings()
         self.homes: dict[int, SlotId] = {}               # lent spans that are home here but not on every shard yet
         self.on_lost: Callable[[dict[int, set[int]]], None] = lambda lost: None     # in a step: uid -> its losers
-        self.on_reset: Callable[[], None] = lambda: None
+        self.on_reset: list[Callable[[], None]] = []
         self._numbers = count(1)
         self._onward: Onward | None = None
+        self._asked = False                              # something was said that waits for an answer before any step
         self._keys: deque[tuple[bytes, bytes, bool]] = deque(maxlen=1024)
         self._closed = Event()
         self.links = self._fresh_links()
@@ -93,15 +97,12 @@ class Chain:
 
     def run(self, plan: StepPlan, *, keep_logits: bool = False) -> StepResult:
         """One step on all shards. Raises BackendLost when one of them is gone or too slow."""
-        deadline = time.monotonic() + self.timings.step_s
+        if not self.connected:
+            self._connect_or_lose()
         try:
-            if not self.connected:
-                self._connect()
-                deadline = time.monotonic() + self.timings.step_s
-            return self._run(plan, keep_logits, deadline)
+            return self._run(plan, keep_logits, time.monotonic() + self.timings.step_s)
         except LinkBroken as error:
-            self._reset()
-            raise BackendLost(f"the replica lost a shard: {error}; the job can go on elsewhere") from None
+            raise self._lost(str(error)) from None
 
     def copy_tokens(self, source: SlotId, target: SlotId, start: int, stop: int) -> None:
         self.local.copy_tokens(source, target, start, stop)
@@ -140,9 +141,11 @@ class Chain:
     # -- the rest of the engine's and the bank's business ------------------------------------------------------
 
     def check(self) -> None:
-        """Raises BackendLost, once, when a shard went away since the last step."""
+        """Raises BackendLost, once, when a shard went away since the last step, or cannot be asked what is to be asked."""
         if not self.connected:
-            return
+            if not self._asked:
+                return
+            self._connect_or_lose()
         while self._keys:
             added, removed, whole = self._keys.popleft()
             for cut in range(0, max(len(added), len(removed), 1), KEYS_BYTES):
@@ -150,11 +153,11 @@ class Chain:
         assert self._onward is not None
         broken = next((link.broken for link in self.links if link.broken), "")
         if broken or self._onward.broken:
-            self._reset()
-            raise BackendLost(f"the replica lost a shard: {broken or 'the stream of hidden states ended'}")
+            raise self._lost(broken or "the stream of hidden states ended")
 
     def send(self, message: Message) -> None:
         """To every other shard, in order with everything else."""
+        self._asked = self._asked or isinstance(message, Want | Ask)
         for link in self.links:
             link.send(message)
 
@@ -170,6 +173,10 @@ class Chain:
     def take_events(self) -> list[tuple[int, BankEvent]]:
         """What the other shards' banks told, in order per shard."""
         return [(link.shard, event) for link in self.links for event in link.take_events()]
+
+    def take_found(self) -> list[tuple[int, Found]]:
+        """What the other shards' tiers had, or had not."""
+        return [(link.shard, found) for link in self.links for found in link.take_found()]
 
     def close(self) -> None:
         """Any thread: end the streams; a connect under way is given up."""
@@ -230,6 +237,16 @@ class Chain:
 
     # -- making and unmaking -----------------------------------------------------------------------------------
 
+    def _lost(self, why: str) -> BackendLost:
+        self._reset()
+        return BackendLost(f"the replica lost a shard: {why}; the job can go on elsewhere")
+
+    def _connect_or_lose(self) -> None:
+        try:
+            self._connect()
+        except LinkBroken as error:
+            raise self._lost(str(error)) from None
+
     def _connect(self) -> None:
         """From the last shard to the first, so that who says Ready has somebody ready behind it. Raises LinkBroken."""
         deadline = time.monotonic() + self.timings.connect_s
@@ -273,7 +290,9 @@ class Chain:
         self.links = self._fresh_links()
         self.homes.clear()
         self._keys.clear()
-        self.on_reset()
+        self._asked = False
+        for forget in self.on_reset:
+            forget()
 
     def _fresh_links(self) -> list[LeadLink]:
         return [LeadLink(shard, wake=self._wake) for shard in range(1, self.shards)]

@@ -33,7 +33,7 @@ class Followers(Protocol):
     shards: int
     homes: dict[int, SlotId]
     on_lost: Callable[[dict[int, set[int]]], None]
-    on_reset: Callable[[], None]
+    on_reset: list[Callable[[], None]]
 
     def check(self) -> None: ...
 
@@ -68,7 +68,7 @@ class ChainBank:
         self._out: list[BankEvent] = []
         self._books, self._told = books, (-1, -1)
         chain.on_lost = self._lost_in_step
-        chain.on_reset = self._reset
+        chain.on_reset.append(self._reset)
 
     # -- seams.Bank --------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """What the shards of one replica say to each other: typed messages as msgpack on Lead, hidden states on Activate.
 
     Lead      shard 0 -> every other    Hello, Step, Copy, Scrub, Spill, Park, Unpark, Lend, Home, Landed, Settle,
-                                        Books, Keys
-              every other -> shard 0    Ready, Logits, Result, Parked, Events, Failed
+                                        Want, Ask, Load, Drop, Forget, Books, Keys
+              every other -> shard 0    Ready, Logits, Result, Parked, Events, Found, Failed
     Activate  shard i -> shard i + 1    hidden states of one step, in pieces of at most PIECE_BYTES
 
 A stream keeps the order in which things were said, and that order is all that keeps the shards in lockstep.
@@ -127,6 +127,48 @@ class Settle:
 
 
 @dataclass(frozen=True, slots=True)
+class Want:
+    """A job will need these from the tiers, in this order. Each key is answered by one Found, unless dropped before."""
+
+    name: str                                # of the job and this want of it
+    keys: tuple[bytes, ...]
+    tokens: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """It needs this one as well, at once. Answered by one Found."""
+
+    name: str
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Every shard has it staged: into the slot with it, from token `start` of the span on."""
+
+    name: str
+    key: bytes
+    slot: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Some shard lacks it: it will be computed."""
+
+    name: str
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The job needs nothing more of what it wanted."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Books:
     """Slots by state as the leader keeps them, for status and reports."""
 
@@ -188,14 +230,24 @@ class Events:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """state: 'here' (staged), or why not, in the words of workers.seams.Fetcher."""
+
+    name: str
+    key: bytes
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """This shard cannot go on; the stream ends after it."""
 
     reason: str
 
 
-Message = (Hello | Step | Copy | Scrub | Spill | Park | Unpark | Lend | Home | Landed | Settle | Books | Keys
-           | Ready | Logits | Result | Parked | Events | Failed)
+Message = (Hello | Step | Copy | Scrub | Spill | Park | Unpark | Lend | Home | Landed | Settle
+           | Want | Ask | Load | Drop | Forget | Books | Keys
+           | Ready | Logits | Result | Parked | Events | Found | Failed)
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in Message.__args__}
 _EVENTS: dict[str, type[Any]] = {

@@ -24,6 +24,7 @@ from kvbank.workers.chain_frames import (
     ChainFormatError,
     Events,
     Failed,
+    Found,
     Hello,
     Message,
     Ready,
@@ -58,6 +59,7 @@ class LeadLink:
         self._begun = False
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._events: list[BankEvent] = []
+        self._found: list[Found] = []
         self._lock = threading.Lock()
         self._outbox: Outbox | None = None
         self._channel: grpc.Channel | None = None
@@ -116,6 +118,12 @@ class LeadLink:
             events, self._events = self._events, []
         return events
 
+    def take_found(self) -> list[Found]:
+        """What that shard found in its tiers, or did not, since the last call."""
+        with self._lock:
+            found, self._found = self._found, []
+        return found
+
     def close(self) -> None:
         if self._outbox is not None:
             self._outbox.close()
@@ -149,6 +157,10 @@ class LeadLink:
             events = [unpack_event(values) for values in message.events]
             with self._lock:
                 self._events += events
+            self._wake()
+        elif isinstance(message, Found):
+            with self._lock:
+                self._found.append(message)
             self._wake()
         else:
             self._answers.put(message)

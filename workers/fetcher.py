@@ -90,6 +90,15 @@ class TierFetcher:
         self._load(frame.payload, slot, start)
         return frame.source
 
+    def drop(self, job: str, key: BlockKey) -> None:
+        """The job will not load this one: another shard lacks it."""
+        with self._changed:
+            if (wants := self._jobs.get(job)) is not None:
+                wants.pending.pop(key, None)
+                if (frame := wants.staged.pop(key, None)) is not None:
+                    self._staged_bytes -= frame.payload.nbytes
+                self._changed.notify()
+
     def forget(self, job: str) -> None:
         with self._changed:
             self._drop(self._jobs.pop(job, None))

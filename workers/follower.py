@@ -26,16 +26,22 @@ from kvbank.kvstore.layout import BlockKey, SlotId
 from kvbank.kvstore.span_table import new_uid
 from kvbank.workers.batch import StepPlan, StepResult
 from kvbank.workers.batch import unpack as unpack_plan
+from kvbank.workers.chain_fetcher import OwnFetcher
 from kvbank.workers.chain_frames import (
+    Ask,
     Books,
     Copy,
+    Drop,
     Events,
+    Forget,
+    Found,
     Hello,
     HiddenRows,
     Home,
     Keys,
     Landed,
     Lend,
+    Load,
     Logits,
     Park,
     Parked,
@@ -46,6 +52,7 @@ from kvbank.workers.chain_frames import (
     Spill,
     Step,
     Unpark,
+    Want,
     pack_event,
     placed,
     unpack_span,
@@ -126,9 +133,10 @@ class Follower:
 
     def __init__(
         self, shard: LocalShard, number: int, shards: int, *, hidden_size: int, token: str,
-        likeness: tuple[tuple[str, str], ...], bank: ShardBank,
+        likeness: tuple[tuple[str, str], ...], bank: ShardBank, fetcher: OwnFetcher | None = None,
     ) -> None:
-        """likeness: what the leader must have alike. bank: this shard's own; its events are polled between commands."""
+        """likeness: what the leader must have alike. bank: this shard's own; its events are polled between commands.
+        fetcher: of this shard's tiers, where it has some."""
         self.shard, self.number, self.last = shard, number, number == shards - 1
         self._size, self._dtype = hidden_size, getattr(torch, shard.layout.dtype)
         self._token, self._likeness, self._bank = token, likeness, bank
@@ -142,10 +150,14 @@ class Follower:
         self._away: set[int] = set()                     # ours: lent, and not settled yet
         self._homes: dict[int, SlotId] = {}              # the leader's uid -> slot: home here, perhaps not elsewhere
         self._parked: set[int] = set()                   # the leader's uids
+        self._fetcher = fetcher
+        self._wanted: dict[str, dict[BlockKey, None]] = {}     # of a want: what the leader has not heard of yet
+        self._fetched = False                            # something may have been staged since it last did
         self._stopping = False
         self._obey: dict[type[Any], Callable[[Session, Any], None]] = {
             Step: self._step, Copy: self._copy, Scrub: self._scrub, Spill: self._spill,
             Park: self._park, Unpark: self._unpark,
+            Want: self._want, Ask: self._ask, Load: self._load, Drop: self._drop, Forget: self._forget_want,
             Lend: self._lend, Home: self._home, Landed: self._landed, Settle: self._settle, Books: self._note_books,
             Keys: lambda session, message: self.keys.change(message.added, message.removed, whole=message.whole),
         }
@@ -165,11 +177,19 @@ class Follower:
                     self._guarded(session, self._obey[type(message)], message)
             if service.arrivals.empty():
                 self._tell_events()
+                if self._fetched and service.current is not None:
+                    self._fetched = False
+                    self._guarded(service.current, lambda leader, _: self._tell_found(leader), None)
         self._reset()
 
     def wake(self) -> None:
         """Any thread: the bank has something to poll."""
         self.service.arrivals.put((None, None))
+
+    def fetched(self) -> None:
+        """Any thread: the fetcher has news."""
+        self._fetched = True
+        self.wake()
 
     def stop(self) -> None:
         """Any thread."""
@@ -224,6 +244,8 @@ class Follower:
             self.shard.unpark(uid, None)
         if self._away:
             self._bank.settle(sorted(self._away), keep=False)
+        for name in list(self._wanted):
+            self._forget_want(None, Forget(name))
         for held in (self._parked, self._away, self._homes, self._names, self._theirs):
             held.clear()
         self.keys.clear()
@@ -301,6 +323,43 @@ class Follower:
 
     def _note_books(self, session: Session, message: Books) -> None:
         self.books = message
+
+    # -- tiers -----------------------------------------------------------------------------------------------------
+
+    def _want(self, session: Session, message: Want) -> None:
+        self._wanted[message.name] = {BlockKey(key): None for key in message.keys}
+        if self._fetcher is not None:
+            self._fetcher.want(message.name, [BlockKey(key) for key in message.keys], message.tokens, now=time.monotonic())
+        self._fetched = True
+
+    def _ask(self, session: Session, message: Ask) -> None:
+        self._wanted.setdefault(message.name, {})[BlockKey(message.key)] = None
+        self._fetched = True
+
+    def _load(self, session: Session, message: Load) -> None:
+        fetcher = self._fetcher
+        if fetcher is None or not fetcher.load(message.name, BlockKey(message.key), SlotId(message.slot), message.start):
+            raise SessionOver("what was found in a tier is gone")
+
+    def _drop(self, session: Session, message: Drop) -> None:
+        self._wanted.get(message.name, {}).pop(BlockKey(message.key), None)
+        if self._fetcher is not None:
+            self._fetcher.drop(message.name, BlockKey(message.key))
+
+    def _forget_want(self, session: Session | None, message: Forget) -> None:
+        self._wanted.pop(message.name, None)
+        if self._fetcher is not None:
+            self._fetcher.forget(message.name)
+
+    def _tell_found(self, session: Session) -> None:
+        """What is known now of what was wanted."""
+        now = time.monotonic()
+        for name, keys in self._wanted.items():
+            for key in list(keys):
+                state = self._fetcher.state(name, key, now=now) if self._fetcher is not None else "never_seen"
+                if state != "coming":
+                    del keys[key]
+                    session.send(Found(name, key, state))
 
     # -- loans -------------------------------------------------------------------------------------------------
 

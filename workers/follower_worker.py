@@ -10,6 +10,7 @@ Its numbers are its leader's: slots are in lockstep, and only the leader keeps b
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,12 +18,14 @@ from kvbank.kvstore.debt_book import DebtBook
 from kvbank.kvstore.tiers.host_tier import HostTier
 from kvbank.kvstore.vault import Vault
 from kvbank.proto import jobs_pb2 as pb
-from kvbank.workers.assembly import build_shard
+from kvbank.workers.assembly import build_shard, layout_of
 from kvbank.workers.borrower import Borrower
+from kvbank.workers.fetcher import TierFetcher
 from kvbank.workers.follower import Follower
-from kvbank.workers.leader import likeness
+from kvbank.workers.leader import likeness, open_store
+from kvbank.workers.models.config_reader import read_config
 from kvbank.workers.remote_attention import RemoteAttention
-from kvbank.workers.service import Worker, set_threads
+from kvbank.workers.service import Worker, add_tiers, set_threads
 
 
 class FollowerWorker(Worker):
@@ -33,8 +36,14 @@ class FollowerWorker(Worker):
     def _build(self) -> None:
         config = self.worker_config
         host = HostTier(self.settings["host_bytes"]) if self.settings["host_bytes"] else None
-        self.parts = build_shard(config, host=host)
-        self.layout, self.arena = self.parts.layout, self.parts.arena
+        model = read_config(config.model)
+        self.layout = layout_of(model, config)
+        self.store = open_store(self, self.layout, host)
+        self.parts = build_shard(config, host=host, shelf=self.store, model=model)
+        self.arena = self.parts.arena
+        self._fetcher = TierFetcher(
+            self.store, self.parts.shard.load, staging_bytes=config.staging_spans * self.layout.slot_bytes,
+            wait_s=config.fetch_wait_s, clock=time.monotonic, wake=lambda: self.follower.fetched()) if self.store else None
         self.vault = Vault(config.num_slots, blocks_per_span=self.layout.blocks_per_span, lend_cap=self.lend_cap())
         self.book = DebtBook(self.boot, timings=self.timings)
         self.borrower = Borrower(self.arena, self.layout.slot_bytes, timings=self.timings, lenders=self.lenders,
@@ -45,11 +54,16 @@ class FollowerWorker(Worker):
         self.borrower.connect(self.banker)
         self.follower = Follower(
             self.parts.shard, config.shard, config.shards, hidden_size=self.parts.model.hidden_size,
-            token=self.config["token"], likeness=likeness(self), bank=self.borrower)
+            token=self.config["token"], likeness=likeness(self), bank=self.borrower,
+            fetcher=self._fetcher)
 
     def stop(self) -> None:
         self.follower.stop()
         super().stop()
+        if self._fetcher is not None:
+            self._fetcher.close()
+        if self.store is not None:
+            self.store.close()
 
     def report(self, full: bool) -> Mapping[str, Any]:
         added, removed = self.follower.keys.take_changes(full=full)
@@ -60,6 +74,7 @@ class FollowerWorker(Worker):
         status, per_span, books = super().status(), self.layout.blocks_per_span, self.follower.books
         status.blocks_free, status.blocks_used = books.free * per_span, books.held * per_span
         status.blocks_borrowed = self.borrower.num_borrowed * per_span
+        add_tiers(status, self.store)
         return status
 
     def _add_handlers(self) -> None:

@@ -16,11 +16,12 @@ from kvbank.workers.assembly import Parts, build_shard, layout_of, numerics_id, 
 from kvbank.workers.borrower import Borrower
 from kvbank.workers.chain import Chain
 from kvbank.workers.chain_bank import ChainBank
+from kvbank.workers.chain_fetcher import ChainFetcher
 from kvbank.workers.engine import Engine
 from kvbank.workers.fetcher import TierFetcher
 from kvbank.workers.models.config_reader import read_config
 from kvbank.workers.remote_attention import RemoteAttention
-from kvbank.workers.seams import Bank
+from kvbank.workers.seams import Bank, Fetcher
 
 if TYPE_CHECKING:
     from kvbank.workers.service import ModelWorker, Worker
@@ -53,7 +54,7 @@ def build_leader(worker: ModelWorker) -> Leader:
     model = read_config(config.model)
     layout = layout_of(model, config)
     host = HostTier(worker.settings["host_bytes"]) if worker.settings["host_bytes"] else None
-    store = open_store(worker, layout, host) if config.shards == 1 else None
+    store = open_store(worker, layout, host)
     parts = build_shard(config, host=host, shelf=store, model=model)
     chain = Chain(parts.shard, config.shards, token=worker.config["token"], likeness=likeness(worker),
                   find=worker.find_shard, wake=wake) if config.shards > 1 else None
@@ -69,9 +70,12 @@ def build_leader(worker: ModelWorker) -> Leader:
     remote = RemoteAttention(parts.shape, parts.layout.head_dim, borrower)
     parts.shard.attention.remote = remote
     bank: Bank = borrower if chain is None else ChainBank(borrower, chain, books=lambda: _free_and_held(vault))
+    seen: Fetcher | None = fetcher
+    if chain is not None and fetcher is not None:
+        seen = ChainFetcher(fetcher, chain, wait_s=config.fetch_wait_s)
     engine = Engine(
         config, vault, backend, clock=time.monotonic, root_of=worker.root_of(parts.layout), eos_ids=parts.model.eos_ids,
-        max_position=parts.model.max_position, window=widest_window(parts.model), bank=bank, fetcher=fetcher,
+        max_position=parts.model.max_position, window=widest_window(parts.model), bank=bank, fetcher=seen,
         capacity_tokens=worker.capacity_tokens,
     )
     return Leader(parts, vault, book, borrower, remote, engine, store, fetcher, chain)

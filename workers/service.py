@@ -27,6 +27,7 @@ from kvbank.kvstore.debt_book import DebtBook
 from kvbank.kvstore.layout import BlockKey, Boot, Layout
 from kvbank.kvstore.ledger import LoanLedger
 from kvbank.kvstore.messages import Compat
+from kvbank.kvstore.store import BlockStore
 from kvbank.kvstore.timings import LoanTimings
 from kvbank.kvstore.transport import rpc
 from kvbank.kvstore.transport.links import Links
@@ -91,6 +92,13 @@ def set_threads(settings: Mapping[str, Any]) -> int:
     threads = settings["torch_threads"] or max(1, (os.cpu_count() or 1) // (settings["workers"] * settings["shards"]))
     torch.set_num_threads(threads)
     return int(threads)
+
+
+def add_tiers(status: pb.WorkerStatus, store: BlockStore | None) -> None:
+    """What the shelves below the device hold."""
+    for tier in store.status() if store is not None else ():
+        status.tiers.add(name=tier.name, bytes_used=tier.bytes_used, bytes_limit=tier.bytes_limit, frames=tier.frames,
+                         state=tier.state, counters=tier.counters)
 
 
 class Worker:
@@ -362,10 +370,7 @@ class ModelWorker(Worker):
         for seq in self.engine.jobs():
             status.jobs.add(id=seq.job.id.split("#")[0], state=seq.state, prompt_tokens=seq.num_prompt,
                             output_tokens=seq.num_output, computed=seq.prompt_computed, waits_for=seq.waits_for)
-        if self.store is not None:
-            for tier in self.store.status():
-                status.tiers.add(name=tier.name, bytes_used=tier.bytes_used, bytes_limit=tier.bytes_limit, frames=tier.frames,
-                                 state=tier.state, counters=tier.counters)
+        add_tiers(status, self.store)
         return status
 
     def _counters(self) -> dict[str, float]:

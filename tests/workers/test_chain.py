@@ -13,16 +13,22 @@ import pytest
 import torch
 
 from kvbank.errors import Unavailable
+from kvbank.kvstore.config import StoreConfig
+from kvbank.kvstore.store import BlockStore, build_store
+from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis
 from kvbank.kvstore.tiers.host_tier import HostTier
 from kvbank.kvstore.transport import rpc
 from kvbank.kvstore.vault import Vault
-from kvbank.workers.assembly import build_shard, root_keys
+from kvbank.workers.assembly import Parts, build_shard, layout_of, root_keys
 from kvbank.workers.chain import Chain, ChainTimings
 from kvbank.workers.chain_bank import ChainBank
+from kvbank.workers.chain_fetcher import ChainFetcher
 from kvbank.workers.chain_frames import Books, Step
 from kvbank.workers.config import WorkerConfig
 from kvbank.workers.engine import Engine
+from kvbank.workers.fetcher import TierFetcher
 from kvbank.workers.follower import Follower
+from kvbank.workers.models.config_reader import read_config
 from kvbank.workers.sampler import SamplingParams
 from kvbank.workers.seams import NoBank
 from kvbank.workers.sequence import JobSpec
@@ -39,15 +45,33 @@ def eventually(holds: Callable[[], bool], otherwise: str, within_s: float = 10.0
         time.sleep(0.002)
 
 
+def shard_with_shelves(
+    config: WorkerConfig, shelves: StoreConfig, wake: Callable[[], None]
+) -> tuple[Parts, BlockStore | None, TierFetcher | None]:
+    model = read_config(config.model)
+    if not shelves.host_bytes and shelves.redis_url is None:
+        return build_shard(config, model=model), None, None
+    host = HostTier(shelves.host_bytes) if shelves.host_bytes else None
+    store = build_store(shelves, layout_of(model, config), b"s" * 32, host=host)
+    parts = build_shard(config, host=host, shelf=store, model=model)
+    return parts, store, TierFetcher(store, parts.shard.load, staging_bytes=16 * parts.layout.slot_bytes, wait_s=1.0,
+                                     clock=time.monotonic, wake=wake)
+
+
+def close_shelves(store: BlockStore | None, fetcher: TierFetcher | None) -> None:
+    if store is not None and fetcher is not None:
+        fetcher.close()
+        store.close()
+
+
 class Member:
     """A follower with its server and its thread."""
 
-    def __init__(self, config: WorkerConfig, likeness: tuple[tuple[str, str], ...], host_bytes: int) -> None:
-        host = HostTier(host_bytes) if host_bytes else None
-        self.parts = build_shard(config, host=host)
+    def __init__(self, config: WorkerConfig, likeness: tuple[tuple[str, str], ...], shelves: StoreConfig) -> None:
+        self.parts, self.store, self.fetcher = shard_with_shelves(config, shelves, lambda: self.follower.fetched())
         self.follower = Follower(
             self.parts.shard, config.shard, config.shards, hidden_size=self.parts.model.hidden_size, token=TOKEN,
-            likeness=likeness, bank=NoBank())
+            likeness=likeness, bank=NoBank(), fetcher=self.fetcher)
         self.server = rpc.server(TOKEN)
         self.server.add_generic_rpc_handlers((self.follower.service.handlers(),))
         self.address = f"127.0.0.1:{rpc.bind(self.server, '127.0.0.1:0')}"
@@ -63,31 +87,33 @@ class Member:
         self.server.stop(grace=None)
         self.follower.stop()
         self.thread.join(10)
+        close_shelves(self.store, self.fetcher)
 
 
 class Replica:
     """All shards of one replica in this process, over loopback. The test thread is the leader's engine thread."""
 
-    def __init__(self, model: Path, shards: int, *, host_bytes: int = 0, timings: ChainTimings | None = None,
-                 **settings: Any) -> None:
+    def __init__(self, model: Path, shards: int, *, host_bytes: int = 0, redis_url: str | None = None,
+                 timings: ChainTimings | None = None, **settings: Any) -> None:
         torch.set_num_threads(1)
         self.config = {"model": str(model), "device_blocks": 1024, "shards": shards, **settings}
-        self.host_bytes = host_bytes
+        self.shelves = StoreConfig(host_bytes=host_bytes, redis_url=redis_url, redis_bytes=64 << 20)
         self.likeness = (("shards", str(shards)), ("slots", str(WorkerConfig(**self.config).num_slots)))
         config = WorkerConfig(**self.config, shard=0)
         self.members: dict[int, Member | None] = {shard: self.start(shard) for shard in range(1, shards)}
-        self.parts = build_shard(config, host=HostTier(host_bytes) if host_bytes else None)
+        self.parts, self.store, self.fetcher = shard_with_shelves(config, self.shelves, lambda: self.engine.wake.set())
         self.chain = Chain(self.parts.shard, shards, token=TOKEN, likeness=self.likeness, find=self.find,
                            wake=lambda: self.engine.wake.set(), timings=timings)
         vault = Vault(config.num_slots, blocks_per_span=self.parts.layout.blocks_per_span, on_evict=self.chain.spill,
                       on_scrub=self.chain.scrub)
         bank = ChainBank(NoBank(), self.chain, books=lambda: (vault.counts().free, vault.counts().held))
         roots = root_keys(b"s" * 32, "d", self.parts.layout, config)
-        self.engine = Engine(config, vault, self.chain, clock=time.monotonic, root_of=roots, bank=bank,
+        fetcher = ChainFetcher(self.fetcher, self.chain, wait_s=1.0) if self.fetcher is not None else None
+        self.engine = Engine(config, vault, self.chain, clock=time.monotonic, root_of=roots, bank=bank, fetcher=fetcher,
                              capacity_tokens=lambda: 1 << 20)
 
     def start(self, shard: int) -> Member:
-        return Member(WorkerConfig(**self.config, shard=shard), self.likeness, self.host_bytes)
+        return Member(WorkerConfig(**self.config, shard=shard), self.likeness, self.shelves)
 
     def find(self, shard: int) -> str | None:
         member = self.members[shard]
@@ -104,6 +130,7 @@ class Replica:
 
     def stop(self) -> None:
         self.chain.close()
+        close_shelves(self.store, self.fetcher)
         for member in self.members.values():
             if member is not None:
                 member.die()
@@ -196,6 +223,51 @@ def test_spans_are_parked_on_every_shard_and_read_there(replica, alone, run_jobs
         assert torch.equal(got.logits["a"], want.logits["a"])
     host = chain.members[1].parts.host
     eventually(lambda: host.status().counters.get("bytes_pinned", 0) == 0, "the other shard keeps its part pinned")
+
+
+@BOTH
+@pytest.mark.parametrize("shards", [2, 3])
+def test_what_was_spilled_comes_back_on_every_shard(replica, alone, run_jobs, prompt, exactness, shards) -> None:
+    chain = replica(shards, exactness=exactness, device_blocks=80, host_bytes=64 << 20)
+    want = run_jobs(alone(exactness=exactness), JobSpec(id="a", prompt=prompt(900), max_tokens=6, ignore_eos=True))
+    run_jobs(chain.engine, JobSpec(id="a", prompt=prompt(900), max_tokens=6, ignore_eos=True))
+    run_jobs(chain.engine, JobSpec(id="x", prompt=prompt(1100, 1), max_tokens=2, ignore_eos=True))
+    got = run_jobs(chain.engine, JobSpec(id="b", prompt=prompt(900), max_tokens=6, ignore_eos=True))
+    reused = got.tally["b"].reused
+    assert reused["host"] >= 700 and sum(reused.values()) == 896, (reused, got.tally["b"].missed)
+    assert got.tokens["b"] == want.tokens["a"]
+    if exactness == "bitwise":
+        assert torch.equal(got.logits["b"], want.logits["a"])
+
+
+def test_everything_restarts_and_redis_still_has_every_shards_part(replica, run_jobs, prompt) -> None:
+    with EmbeddedRedis(64 << 20) as redis:
+        first = replica(2, exactness="bitwise", redis_url=redis.url, device_blocks=80)
+        want = run_jobs(first.engine, JobSpec(id="a", prompt=prompt(1000), max_tokens=6, ignore_eos=True))
+        first.engine.vault.drop_idle_spilled()
+        run_jobs(first.engine, JobSpec(id="z", prompt=prompt(3, 9), max_tokens=1, ignore_eos=True))     # said after it
+        assert first.store.flush(5.0) and first.members[1].store.flush(5.0)
+        second = replica(2, exactness="bitwise", redis_url=redis.url, device_blocks=80)
+        got = run_jobs(second.engine, JobSpec(id="b", prompt=prompt(1000), max_tokens=6, ignore_eos=True))
+    assert got.tally["b"].reused["redis"] >= 0.8 * 1000, got.tally["b"]
+    assert got.tokens["b"] == want.tokens["a"]
+    assert torch.equal(got.logits["b"], want.logits["a"])
+
+
+def test_a_hit_on_one_shard_alone_is_a_miss(replica, run_jobs, prompt) -> None:
+    chain = replica(2, exactness="bitwise", device_blocks=80, host_bytes=64 << 20)
+    text = prompt(900)
+    want = run_jobs(chain.engine, JobSpec(id="a", prompt=text, max_tokens=6, ignore_eos=True))
+    chain.engine.vault.drop_idle_spilled()
+    run_jobs(chain.engine, JobSpec(id="z", prompt=prompt(3, 9), max_tokens=1, ignore_eos=True))
+    host = chain.members[1].parts.host
+    host.delete(host.held_keys()[:2])
+    got = run_jobs(chain.engine, JobSpec(id="b", prompt=text, max_tokens=6, ignore_eos=True))
+    tally = got.tally["b"]
+    assert 0 < tally.reused["host"] < 896 - 128 and tally.missed["evicted"] + tally.missed["never_seen"] >= 128, tally
+    assert torch.equal(got.logits["b"], want.logits["a"])
+    assert chain.fetcher.staged_bytes == 0
+    eventually(lambda: chain.members[1].fetcher.staged_bytes == 0, "the other shard keeps frames staged")
 
 
 @pytest.mark.parametrize("shard", [0, 1])

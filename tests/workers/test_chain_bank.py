@@ -48,7 +48,7 @@ class Others:
     def __init__(self) -> None:
         self.homes: dict[int, SlotId] = {}
         self.on_lost: Callable = lambda lost: None
-        self.on_reset: Callable = lambda: None
+        self.on_reset: list[Callable] = []
         self.says: list = []
         self.sent: list = []
         self.lost = False
@@ -56,7 +56,8 @@ class Others:
     def check(self) -> None:
         if self.lost:
             self.lost = False
-            self.on_reset()
+            for forget in self.on_reset:
+                forget()
             raise BackendLost("gone")
 
     def send(self, message) -> None:
