@@ -9,6 +9,7 @@ Numerics follow transformers: norms and rotation in float32, everything else in 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,9 @@ from kvbank.kernels.rope import apply_rope
 from kvbank.workers.models.config_reader import ModelConfig
 from kvbank.workers.models.linear import Linear, PackedGate, PackedLinear, PlainGate, PlainLinear, can_pack
 from kvbank.workers.models.rope import RopeTable
+
+
+log = logging.getLogger(__name__)
 
 
 class Attend(Protocol):
@@ -41,13 +45,16 @@ class Decoder:
     ) -> None:
         """weights: as weights.load_weights gives them for the same layers. The dict is emptied on the way, so that a
         matrix which is packed or moved is never in memory twice.
-        exactness "bitwise": a row's result does not depend on the other rows, as long as the number of rows is a
-        multiple of 8 (the caller pads)."""
+        exactness "bitwise": a row's bits do not depend on the other rows, as long as the number of rows is a multiple
+        of 8 (the caller pads). The packed products keep that promise at no cost; where there are none (float16, other
+        devices) a warning says that nobody makes it."""
         self.config, self.first, self.last = config, first, last
         self.num_layers = len(layers)
         self.dtype = weights["0.qkv"].dtype
         build = _Builder(config, weights, device)
         self.packed = build.packed
+        if exactness == "bitwise" and not self.packed:
+            log.warning("bitwise_not_promised dtype=%s device=%s reason=no_packed_products", self.dtype, device)
         self._layers = [build.layer(f"{index}.") for index in range(self.num_layers)]
         self._embed = build.vector("embed") if "embed" in weights else None
         self._norm = build.vector("norm") if last else None

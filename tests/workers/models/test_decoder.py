@@ -105,6 +105,11 @@ def test_float16_runs_too(folder: Path) -> None:
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
+def test_bitwise_without_packed_products_is_warned_about(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build(folder, dtype="float16", exactness="bitwise")
+    assert "bitwise_not_promised dtype=torch.float16" in caplog.text
+
+
 def test_the_decoder_takes_the_matrices_out_of_the_dict_and_keeps_one_copy(folder: Path) -> None:
     config = read_config(folder)
     weights = load_weights(folder, config, range(LAYERS), first=True, last=True, dtype="float32")
