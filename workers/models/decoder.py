@@ -23,7 +23,6 @@ from kvbank.workers.models.config_reader import ModelConfig
 from kvbank.workers.models.linear import Linear, PackedGate, PackedLinear, PlainGate, PlainLinear, can_pack
 from kvbank.workers.models.rope import RopeTable
 
-
 log = logging.getLogger(__name__)
 
 
