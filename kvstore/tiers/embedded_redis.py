@@ -41,29 +41,32 @@ def die_with_parent(number):
     except (OSError, AttributeError):
         pass
 def end(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)   # it comes once for each thread of a parent that dies
     raise SystemExit
 signal.signal(signal.SIGTERM, end)
 die_with_parent(signal.SIGTERM)
-child = 0
+child, orphan = 0, os.getppid() != parent
 try:
-    if os.getppid() == parent:
+    if not orphan:
         child = os.fork()
         if not child:
             try:
                 die_with_parent(signal.SIGKILL)
+                os.dup2(2, 1)
                 os.execv(command[0], command)
             finally:
                 os._exit(127)
         print(child, flush=True)
         os.waitpid(child, 0)
         child = 0
-finally:
-    if child:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    if os.getppid() != parent:
-        import shutil
-        shutil.rmtree(folder, ignore_errors=True)
+except SystemExit:
+    orphan = True
+if child:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+if orphan:
+    import shutil
+    shutil.rmtree(folder, ignore_errors=True)
 """
 
 
@@ -167,12 +170,10 @@ class EmbeddedRedis:
                      str(self.folder / "conf")],
                     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True, cwd="/")
             assert minder.stdout is not None
-            with minder.stdout as told:        # the server writes there too: it inherits both
+            with minder.stdout as told:
                 self.pid = int(told.readline() or 0) or None
-                self._minder = minder
-                started.set()
-                while told.read(4096):         # until both have ended
-                    pass
+            self._minder = minder
+            started.set()
             minder.wait()
         finally:
             started.set()

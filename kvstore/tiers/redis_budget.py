@@ -7,10 +7,10 @@ The account therefore lives in that Redis, as one sorted set:
                  size ‖ physical key    in flight: ms since 1970          charged before its SET is sent
                  size ‖ physical key    settled:   ms since 1970 − 2^50   SET was acknowledged; the lowest is the oldest
 
-Every change is one transaction (WATCH, MULTI, EXEC), so the total is the sum of the members at every instant; a value
-is charged before it is written and deleted together with its charge, so the sum is never less than what is there. A
-crash in between, an expired frame or one that the server evicted leaves it too high until `sweep`. An index that is
-gone (FLUSHALL, evicted by the server) is rebuilt from the keys themselves before anything is written.
+Every change is one transaction (WATCH, MULTI, EXEC), so at every instant the total is the sum of the members and within
+the cap. A value is charged before it is written and deleted together with its charge, so the total is never less than
+what is there; a crash in between, an expired frame or one that the server evicted leaves it too high until `sweep`. An
+index that is gone (FLUSHALL, evicted by the server) is rebuilt from the keys themselves before anything is written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _TOTAL = b""
 _SETTLED = 2**50
 _FORGOTTEN_MS = 60_000                         # a writer that has not settled by then is dead
 _SIZE = struct.Struct(">Q")
-_TRIES = 8
+_TRIES = 8                                     # for one change, while others change the index
+_ROUNDS = 64                                   # of making room for one batch
 
 Ask = Callable[[Sequence[Command]], list[Reply]]
 
@@ -50,7 +51,7 @@ class RedisBudget:
         self.released = 0                      # frames this writer deleted to make room
 
     def reserve(self, ask: Ask, sizes: dict[bytes, int], *, now_ms: int) -> set[bytes]:
-        """Charge values of these sizes to physical keys, and delete the oldest until the total is within the cap.
+        """Delete the oldest frames until values of these sizes fit within the cap, and charge them to physical keys.
 
         The keys that the caller may write now: those that nobody else is writing. Raises OverLimit, and nothing is
         charged, when they exceed the cap by themselves, or what is in flight leaves no room for them.
@@ -61,27 +62,36 @@ class RedisBudget:
         (score,) = ask([("ZSCORE", INDEX, _TOTAL)])
         if score is None:
             self._rebuild(ask, now_ms=now_ms)
-        mine = self._enter(ask, members, score=now_ms, now_ms=now_ms)
-        while self.total > self.limit_bytes:
-            if not self._drop_oldest(ask, now_ms=now_ms):
-                self._leave(ask, mine)
+        for _ in range(_ROUNDS):
+            mine, over = self._enter(ask, members, score=now_ms, now_ms=now_ms, limit=self.limit_bytes)
+            if over <= 0:
+                return set(map(_key, mine))
+            if not self._drop_oldest(ask, over, now_ms=now_ms):
                 raise OverLimit
-        return set(map(_key, mine))
+        raise RedisRefused("CONTENDED")        # others took the room that we made, again and again
 
     def settle_commands(self, sizes: dict[bytes, int], *, now_ms: int) -> list[Command]:
-        """To send right behind the SETs, or some time after a read: these keys are there and recent."""
+        """To send by the writer right behind its SETs."""
         return [("ZADD", INDEX, "XX", now_ms - _SETTLED, _member(key, size)) for key, size in sizes.items()]
 
+    def touch_commands(self, sizes: dict[bytes, int], *, now_ms: int) -> list[Command]:
+        """To send some time after a read: these keys are recent. GT (Redis 6.2): what is in flight stays in flight."""
+        return [("ZADD", INDEX, "XX", "GT", now_ms - _SETTLED, _member(key, size)) for key, size in sizes.items()]
+
     def refund(self, ask: Ask, sizes: dict[bytes, int]) -> None:
-        """These were reserved and are not there: the SET was refused."""
-        self._leave(ask, [_member(key, size) for key, size in sizes.items()])
+        """These were reserved and their SET was refused: uncharge them, and delete what may lie there all the same."""
+        members = [_member(key, size) for key, size in sizes.items()]
+
+        def removal(scores: list[Reply]) -> list[Command]:
+            return _removal([member for member, known in zip(members, scores, strict=True) if known is not None])
+        self._change(ask, [("ZSCORE", INDEX, member) for member in members], removal)
 
     def sweep(self, ask: Ask, *, now_ms: int, count: int = 64) -> None:
         """Look at the oldest entries and stop charging for those that expired or that the server evicted."""
         entries, score, oldest = ask([("ZCARD", INDEX), ("ZSCORE", INDEX, _TOTAL),
                                       ("ZRANGE", INDEX, 0, count - 1, "WITHSCORES")])
         self.entries = max(0, entries - 1) if isinstance(entries, int) else 0
-        self.total = 0 if score is None else int(float(_bytes(score)))
+        self.total = _number(score)
         old = _evictable(oldest, now_ms)
         there = ask([("EXISTS", _key(member)) for member in old])
         gone = [member for member, found in zip(old, there, strict=True) if found == 0]
@@ -107,44 +117,43 @@ class RedisBudget:
             keys = [key for key in map(_bytes, _list(found)) if key != INDEX]
             lengths = ask([("STRLEN", key) for key in keys])
             self._enter(ask, [_member(key, length) for key, length in zip(keys, lengths, strict=True)
-                              if isinstance(length, int)], score=now_ms - _SETTLED, now_ms=now_ms)
+                              if isinstance(length, int)], score=now_ms - _SETTLED, now_ms=now_ms, limit=2**52)
             if cursor == b"0":
                 return
 
-    def _enter(self, ask: Ask, members: list[bytes], *, score: int, now_ms: int) -> list[bytes]:
-        """Put members into the index, charge those that were not in it, and return those that are now the caller's.
+    def _enter(self, ask: Ask, members: list[bytes], *, score: int, now_ms: int, limit: int) -> tuple[list[bytes], int]:
+        """Put members into the index if the total stays within `limit`; else nothing changes.
 
-        One that is settled is charged already (it expired, and comes back). One in flight belongs to another writer.
+        Returns those that are now the caller's, and by how much they would have exceeded the limit. One that is settled
+        is charged already (it expired, and comes back). One in flight belongs to another writer.
         """
         mine: list[bytes] = []
+        over = 0
 
-        def charge(scores: list[Reply]) -> list[Command]:
-            known = dict(zip(members, scores, strict=True))
+        def charge(replies: list[Reply]) -> list[Command]:
+            nonlocal over
+            known = dict(zip(members, replies[1:], strict=True))
             mine[:] = [member for member, at in known.items()
                        if at is None or _may_go(float(_bytes(at)), now_ms)]
             new = sum(_charge(member) for member in mine if known[member] is None)
+            over = _number(replies[0]) + new - limit
+            if over > 0 or not mine:
+                return []
             return [*(("ZADD", INDEX, score, member) for member in mine), ("ZINCRBY", INDEX, new, _TOTAL)]
-        self._change(ask, [("ZSCORE", INDEX, member) for member in members], charge)
-        return mine
+        self._change(ask, [("ZSCORE", INDEX, _TOTAL), *(("ZSCORE", INDEX, member) for member in members)], charge)
+        return mine, over
 
-    def _leave(self, ask: Ask, members: list[bytes]) -> None:
-        """Uncharge members, and delete what may lie there: a value never outlives its charge."""
-        def removal(scores: list[Reply]) -> list[Command]:
-            return _removal([member for member, known in zip(members, scores, strict=True) if known is not None])
-        self._change(ask, [("ZSCORE", INDEX, member) for member in members], removal)
-
-    def _drop_oldest(self, ask: Ask, *, now_ms: int) -> bool:
-        """Delete the oldest frames until the total fits, at most 16 at a time; False when none may go."""
+    def _drop_oldest(self, ask: Ask, need: int, *, now_ms: int) -> bool:
+        """Delete the oldest frames, `need` bytes of them but at most 16 at a time; False when none may go."""
         chosen: list[bytes] = []
 
         def choose(replies: list[Reply]) -> list[Command]:
             chosen.clear()
-            over = int(float(_bytes(replies[0]))) - self.limit_bytes
-            for member in _evictable(replies[1], now_ms):
-                if sum(map(_charge, chosen)) < over:
+            for member in _evictable(replies[0], now_ms):
+                if sum(map(_charge, chosen)) < need:
                     chosen.append(member)
             return _removal(chosen)
-        self._change(ask, [("ZSCORE", INDEX, _TOTAL), ("ZRANGE", INDEX, 0, 15, "WITHSCORES")], choose)
+        self._change(ask, [("ZRANGE", INDEX, 0, 15, "WITHSCORES")], choose)
         self.released += len(chosen)
         return bool(chosen)
 
@@ -161,7 +170,7 @@ class RedisBudget:
                 return
             *_, done = ask([("MULTI",), *commands, ("EXEC",)])
             if done is not None:
-                self.total = int(float(_bytes(_list(done)[-1])))
+                self.total = _number(_list(done)[-1])
                 return
         raise RedisRefused("CONTENDED")
 
@@ -208,6 +217,10 @@ def _bytes(reply: Reply) -> bytes:
     if not isinstance(reply, memoryview):
         raise RedisLost("an answer of another kind than was asked for")
     return bytes(reply)
+
+
+def _number(score: Reply) -> int:
+    return 0 if score is None else int(float(_bytes(score)))
 
 
 def _list(reply: Reply) -> list[Reply]:

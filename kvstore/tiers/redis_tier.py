@@ -101,9 +101,10 @@ class RedisTier:
         """
         stored: set[bytes] = set()
         batch: dict[bytes, Sequence[Buffer]] = {}
+        most = min(self._round_trip_bytes, self.limit_bytes // 4)       # a batch that is too much is refused as a whole
         with self._writing:
             for key, parts in frames.items():
-                if batch and _bytes_of(batch) + _bytes_of({key: parts}) > self._round_trip_bytes:
+                if batch and _bytes_of(batch) + _bytes_of({key: parts}) > most:
                     stored |= self._put_batch(batch)
                     batch = {}
                 batch[key] = parts
@@ -223,8 +224,8 @@ class RedisTier:
         """Report what was read (for the order of eviction and the TTL), and stop charging for what is gone."""
         touched = dict(self._touched.popleft() for _ in range(len(self._touched)))
         commands: list[Command] = [("EXPIRE", self._physical(key), self._ttl_s) for key in touched]
-        commands += self._budget.settle_commands({self._physical(key): size for key, size in touched.items()},
-                                                 now_ms=_now_ms())
+        commands += self._budget.touch_commands({self._physical(key): size for key, size in touched.items()},
+                                                now_ms=_now_ms())
         try:
             with self._writing, self._link.judged():
                 for first in range(0, len(commands), 1024):

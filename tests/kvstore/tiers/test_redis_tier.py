@@ -40,8 +40,10 @@ def tier_of(server: EmbeddedRedis) -> Iterator[Callable[..., RedisTier]]:
     tiers: list[RedisTier] = []
 
     def build(**settings: float) -> RedisTier:
-        tiers.append(RedisTier(server.url, **{"limit_bytes": 32 * MIB, "layers": "0-4",  # type: ignore[arg-type]
-                                              "value_bytes": MIB, **settings}))
+        # A busy machine may keep a server from its core for longer than 50 ms; tests about silence set their own bound.
+        patient = {"read_s": 5.0, "write_s": 5.0}
+        wanted = {"limit_bytes": 32 * MIB, "layers": "0-4", "value_bytes": MIB, **patient, **settings}
+        tiers.append(RedisTier(server.url, **wanted))   # type: ignore[arg-type]
         return tiers[-1]
     yield build
     for tier in tiers:
@@ -144,6 +146,7 @@ def test_bytes_in_redis_stay_within_the_cap_at_every_sample_with_three_writers(
     sampler.join()
     assert len(samples) > 5 and max(samples) <= limit
     assert max(samples) > limit // 2, "it is used, too"
+    assert all(tier.status().bytes_used <= limit for tier in tiers)
     (total,) = ask(server, ("ZSCORE", INDEX, b""))
     (rows,) = ask(server, ("ZRANGE", INDEX, 0, -1))
     assert isinstance(rows, list)
@@ -220,19 +223,34 @@ def test_only_frames_are_deleted_whatever_somebody_writes_into_the_index(
     assert ask(server, ("GET", b"theirs")) == [b"x"] and bytes_there(server) <= MIB
 
 
+def test_a_read_reported_late_does_not_settle_what_another_is_writing(server: EmbeddedRedis) -> None:
+    """Else the sweep would find it missing and uncharge it, and its bytes would arrive after that."""
+    connection = RedisConnection(parse(server.url), connect_s=2.0, silence_s=2.0)
+    budget, sizes = RedisBudget(10_000), {b"kvb:a": 500}
+
+    def on(commands: list[Command]) -> list[Reply]:
+        return connection.exchange(commands, within_s=2.0) if commands else []
+    budget.reserve(on, sizes, now_ms=1_000)                                # type: ignore[arg-type]
+    on(budget.touch_commands(sizes, now_ms=2_000))
+    budget.sweep(on, now_ms=3_000)                                         # type: ignore[arg-type]
+    assert budget.total == 756
+    on(budget.settle_commands(sizes, now_ms=4_000))
+    budget.sweep(on, now_ms=5_000)                                         # type: ignore[arg-type]
+    assert budget.total == 0, "settled, and not there: no longer charged"
+    connection.close()
+
+
 # -- down, slow, full, emptied ----------------------------------------------------------------------------------------
 
 def test_a_stopped_server_costs_one_request_its_timeout_and_the_others_nothing(
         server: EmbeddedRedis, tier_of: Callable[..., RedisTier]) -> None:
-    tier = tier_of()
+    tier = tier_of(read_s=0.05, write_s=0.5)
     tier.put({key(1): [value(1)]})
     server.suspend()
-    waited: list[float] = []
-    for _ in range(200):
-        started = time.monotonic()
-        assert reason(lambda: tier.get([key(1)])) in ("timeout", "tier_down")
-        waited.append(time.monotonic() - started)
-    assert sum(waited) < 0.3, "all of them together; with a default client each would wait for a minute"
+    started = time.monotonic()
+    reasons = [reason(lambda: tier.get([key(1)])) for _ in range(200)]
+    assert reasons == ["timeout"] + ["tier_down"] * 199, "one was kept waiting for 50 ms, the others for nothing"
+    assert time.monotonic() - started < 2.0
     assert eventually(lambda: tier.status().state == "open", 2.0) and tier.status().counters["timeouts"] >= 1
     assert reason(lambda: tier.has([key(1)])) == reason(lambda: tier.put({key(2): [b"x"]})) == "tier_down"
     server.resume()
@@ -242,7 +260,7 @@ def test_a_stopped_server_costs_one_request_its_timeout_and_the_others_nothing(
 
 def test_a_short_stop_is_over_as_soon_as_the_server_is(
         server: EmbeddedRedis, tier_of: Callable[..., RedisTier]) -> None:
-    tier = tier_of()
+    tier = tier_of(read_s=0.05, write_s=0.5)
     tier.put({key(1): [value(1)]})
     server.suspend()
     assert reason(lambda: tier.has([key(1)])) == "timeout"
@@ -256,11 +274,10 @@ def test_a_killed_server_is_a_miss_and_comes_back_empty(
     tier = tier_of()
     tier.put({key(1): [value(1)]})
     server.kill()
-    started = time.monotonic()
     for _ in range(20):
         assert reason(lambda: tier.get([key(1)])) == "tier_down"
-    assert time.monotonic() - started < 0.3
     assert tier.status().state == "open" and not tier.knows(key(1))
+    assert tier.status().counters["lost"] == 5, "five times a refused connection, then nobody asks"
     server.start()
     assert eventually(lambda: tier.state == "ok", 5.0)
     assert tier.get([key(1)]) == {} and tier.put({key(1): [value(1)]}) == {key(1)}
@@ -341,7 +358,7 @@ def test_a_server_that_is_not_there_at_start_is_used_when_it_comes(
 
 
 def test_more_readers_than_connections_wait_their_turn(tier_of: Callable[..., RedisTier]) -> None:
-    tier = tier_of(max_connections=2, read_s=5.0)
+    tier = tier_of(max_connections=2)
     tier.put({key(number): [value(number)] for number in range(10)})
     wrong: list[object] = []
 
