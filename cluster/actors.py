@@ -24,7 +24,6 @@ from kvbank.cluster.processes import tail
 from kvbank.errors import ConfigError, KVBankError, Unavailable, from_code
 
 OBJECT_STORE_BYTES = 80 << 20        # about Ray's minimum: nothing of ours travels through it
-START_RAY_S = 60.0
 
 
 class MemberActor:

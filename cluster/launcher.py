@@ -39,7 +39,8 @@ from kvbank.workers.models.config_reader import read_config
 
 log = logging.getLogger(__name__)
 
-RESTARTS, RESTARTS_WITHIN_S = 5, 60.0            # a member that dies more often than this has a reason that stays
+RESTARTS = 5                                     # a member that dies more often than this has a reason that stays
+RESTARTS_WITHIN_S = 60.0
 RETRY_S = 1.0                                    # after a restart that failed
 LOOK_S = 0.25                                    # between two looks for dead members
 SHORT_PATH = 40                                  # Ray puts unix sockets below the temp folder; their paths are bounded
