@@ -26,7 +26,7 @@ from kvbank.kernels.segments import Geometry, Pairs, Partials, Segment, runs_of_
 
 SMALL_TILE, LARGE_TILE, PAIR_TILE = 16, 64, 32       # tile rows: decode, prefill, and always under `bitwise`
 ITEMS_WANTED = 512                                   # programs that fill a large GPU a few times over
-BLOCK_KEYS = 64                                      # keys per inner step
+KEY_TILE_BYTES = 16 << 10                            # of K per inner step; shared memory holds a few of them
 
 
 @triton.jit
@@ -113,14 +113,15 @@ class Items:
         assert kv.stride()[3:] == (dim, 1), "keys of one head lie one after the other"
         q = q.contiguous()
         entries = self._rows.shape[0]
+        width, longest = (max(16, triton.next_power_of_2(n)) for n in (dim, g.span_tokens))
+        keys = min(max(16, KEY_TILE_BYTES // (width * q.itemsize)), 64, longest)
         out = torch.empty((entries, 1, g.heads, dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((entries, 1, g.heads), dtype=torch.float32, device=q.device)
         _attend_items[(self._items.shape[0], g.kv_heads)](
             q, kv, self._items, self._rows, self._spans, out, lse, scale,
             q.stride(0), kv.stride(0), kv.stride(1), kv.stride(2), g.heads,
             GROUP=g.group, DIM=dim, SPAN=g.span_tokens,
-            BLOCK_R=self._tile, BLOCK_N=min(BLOCK_KEYS, max(16, triton.next_power_of_2(g.span_tokens))),
-            BLOCK_D=max(16, triton.next_power_of_2(dim)),
+            BLOCK_R=self._tile, BLOCK_N=keys, BLOCK_D=width,
             WIDEN=q.device.type == "cpu",                # Triton's interpreter would multiply bfloat16 bit patterns
         )
         return out, lse

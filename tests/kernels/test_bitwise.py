@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvbank.kernels import cpu_attention
 from kvbank.kernels.merge_partials import merge_tree
 from kvbank.kernels.paged_attention import Segment, paged_attention, plan_attention
 
@@ -115,6 +116,24 @@ def test_batching_threads_and_sharing_never_change_a_bit(kv_heads, group, dim, s
         rows_here = slice(segment.first_row, segment.first_row + len(segment.positions))
         alone = merge_tree(nodes_of(step, segment, slice(None)), 1 + segment.spans[-1][0])
         assert same(alone, (together[0][rows_here], together[1][rows_here]))
+
+
+@DTYPES
+@pytest.mark.parametrize("exactness", ["fast", "bitwise"])
+def test_reading_in_place_or_copied_gives_the_same_bits(exactness, dtype, make_step, rows_of, monkeypatch) -> None:
+    slots = [*range(20), *range(21, 40, 2), *range(60, 80)]
+    step = make_step([rows_of(128 * 45 + 9, 1, slots), rows_of(128 * 45 + 9, 5, slots)], group=4, dim=64, dtype=dtype)
+    torch.set_num_threads(1)
+    answers = []
+    for long_run, copy_bytes, tile_bytes in ((1, 1 << 40, 1), (1000, 0, 1 << 24), (8, 0, 1 << 18), (8, 4 << 20, 8 << 20)):
+        monkeypatch.setattr(cpu_attention, "LONG_RUN", long_run)
+        monkeypatch.setattr(cpu_attention, "COPY_BYTES", copy_bytes)
+        monkeypatch.setattr(cpu_attention, "TILE_BYTES", tile_bytes)
+        answers.append(step.merged(exactness))
+    if exactness == "bitwise":
+        assert all(same(answer, answers[0]) for answer in answers)
+    else:
+        assert all(torch.allclose(answer[0], answers[0][0], atol=1e-5) for answer in answers)
 
 
 def test_nodes_are_the_maximal_aligned_pieces(make_step) -> None:
