@@ -129,7 +129,8 @@ def main(argv: list[str] | None = None) -> int:
             _note(report, figures, f"prefill_{length // 1024}k", found)
         for batch in () if args.quick else (1, 4):
             prompts = [prompt(16_000) for _ in range(batch)]
-            found = interleaved(1, kvbank=lambda p=prompts: ours.decode(p, 16), transformers=lambda p=prompts: theirs.decode(p, 16))
+            found = interleaved(1, kvbank=lambda p=prompts: ours.decode(p, 16),
+                                transformers=lambda p=prompts: theirs.decode(p, 16))
             _note(report, figures, f"decode_16k_b{batch}", found)
         figures["overhead_ms_per_step"] = round(ours.overhead_ms(), 3)
         figures["rss_growth_mb"] = round((_rss() - before) / 1e6)

@@ -111,7 +111,7 @@ class Banker:
     def now(self) -> float:
         return self._clock()
 
-    # -- events in --------------------------------------------------------------------------------------------------------------
+    # -- events in ---------------------------------------------------------------------------------------------------
 
     def tell_book(self, event: Any) -> list[Any]:
         """Feed the borrower's core and carry out what it says. Returns the effects that are the engine's to apply."""
@@ -167,7 +167,7 @@ class Banker:
         if self.book is not None:
             self._hand_over(self.tell_book(PeerGone(boot)))
 
-    # -- effects out --------------------------------------------------------------------------------------------------------------
+    # -- effects out -------------------------------------------------------------------------------------------------
 
     def _route(self, effects: list[Any]) -> list[Any]:
         """Under the lock: what one core says for the other reaches it before anything is sent."""
@@ -242,7 +242,7 @@ class Banker:
         if not self._stopping and self.links.knows(boot):
             self._submit(self._probes, self._probe, boot)
 
-    # -- bulk bytes ---------------------------------------------------------------------------------------------------------------
+    # -- bulk bytes --------------------------------------------------------------------------------------------------
 
     def _put(self, effect: StartPut) -> None:
         assert self._data is not None and self.book is not None
@@ -251,10 +251,7 @@ class Banker:
             return                                      # said again while the bytes still move
         self._moving.add(ref)
         try:
-            if effect.source is not None:
-                outgoing = self._relayed(effect)
-            else:
-                outgoing = self._data.outgoing(uid)
+            outgoing = self._data.outgoing(uid) if effect.source is None else self._relayed(effect)
             if outgoing is None:
                 event: Any = PutFailed(ref, "cut")
             else:
@@ -310,7 +307,7 @@ class Banker:
         except (grpc.RpcError, bulk.BulkFormatError, KeyError):
             return None
 
-    # -- is a peer still there? -------------------------------------------------------------------------------------------------
+    # -- is a peer still there? --------------------------------------------------------------------------------------
 
     def _probe(self, boot: Boot) -> None:
         """A second connection and a Hello: PeerGone when another boot answers, or nobody listens three times running."""
@@ -336,8 +333,8 @@ class Banker:
         outbox = Outbox()
         outbox.put(wire.pack(Envelope(self.boot, boot, self._hello())))
         try:
-            call = channel.stream_stream(SESSION)(iter(outbox), timeout=timeout_s, metadata=[*self.links.metadata, (PROBE_KEY, "1")])
-            for data in call:
+            knock: Callable[..., Any] = channel.stream_stream(SESSION)
+            for data in knock(iter(outbox), timeout=timeout_s, metadata=(*self.links.metadata, (PROBE_KEY, "1"))):
                 message = wire.unpack(data).message
                 if isinstance(message, HelloAck):
                     return "same" if message.boot == boot else "other"
@@ -350,7 +347,7 @@ class Banker:
             outbox.close()
             channel.close()
 
-    # -- timers -------------------------------------------------------------------------------------------------------------------
+    # -- timers ------------------------------------------------------------------------------------------------------
 
     def _run_timers(self) -> None:
         while not self._stopping:

@@ -75,7 +75,7 @@ class BlockStore:
         if host is not None:
             host.watch_evictions(self._driven_out)
 
-    # -- reading -------------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------------------------
 
     def lookup(self, keys: Sequence[bytes]) -> list[str | None]:
         """Where each key is: "host", "redis" (its bytes were acknowledged there) or None. At most one round trip."""
@@ -111,7 +111,7 @@ class BlockStore:
         self._count(**{f"missed_{reason}": list(result.missed.values()).count(reason) for reason in MISS_REASONS})
         return result
 
-    # -- writing -------------------------------------------------------------------------------------------------------
+    # -- writing -----------------------------------------------------------------------------------------------------
 
     def put(self, frames: Sequence[tuple[FrameHeader, Buffer]], *, to: Sequence[str] = ("host", "redis"),
             pin: bool = False) -> set[bytes]:
@@ -190,7 +190,7 @@ class BlockStore:
             if tier is not None:
                 tier.close()
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------------------------
 
     def _from_host(self, key: bytes, ask: _Ask, result: Fetched) -> bool:
         if self._host is None or (held := self._host.hold(key)) is None:
@@ -272,7 +272,7 @@ class BlockStore:
 
     def _count(self, **amounts: int) -> None:
         with self._lock:
-            self._counters.update(amounts)
+            self._counters.update({name: amount for name, amount in amounts.items() if amount})
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,5 +308,6 @@ def build_store(config: StoreConfig, layout: Layout, secret: bytes, *, host: Hos
         redis = RedisTier(config.redis_url, limit_bytes=config.redis_bytes,
                           layers=f"{layout.layer_first}-{layout.layer_last}",
                           value_bytes=frame_bytes(layout, layout.span_tokens) + SEAL_BYTES, ttl_s=config.redis_ttl_s,
-                          connect_s=config.redis_connect_s, read_s=config.redis_read_s, write_s=config.redis_write_s)
+                          connect_s=config.redis_connect_s, read_s=config.redis_read_s, write_s=config.redis_write_s,
+                          floor_bytes_per_s=config.redis_floor_bytes_per_s)
     return BlockStore(layout, host=host, redis=redis, secret=secret, write_behind_bytes=config.write_behind_bytes)

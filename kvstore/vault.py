@@ -77,7 +77,7 @@ class Vault:
         self._lent: dict[SlotId, Span | None] = {}
         self._coming: dict[SlotId, None] = {}  # own slots whose bytes are on their way
 
-    # -- own sequences ----------------------------------------------------------------------------------------------
+    # -- own sequences -----------------------------------------------------------------------------------------------
 
     def counts(self) -> VaultCounts:
         with self.lock:
@@ -206,7 +206,7 @@ class Vault:
             self._on_scrub(slots)
         return slots
 
-    # -- the ledger's pool (kvstore/ledger.py SlotPool) ------------------------------------------------------------------
+    # -- the ledger's pool (kvstore/ledger.py SlotPool) --------------------------------------------------------------
 
     def lendable(self) -> int:
         """Slots that a new loan could get now."""
@@ -316,7 +316,7 @@ class LendPool:
         found: list[tuple[int, KeptSpan]] = []
         for key in keys:
             if (span := self._vault.lend_idle(key)) is not None and span.slot is not None:
-                digest = span.digest or bulk.digest(memoryview(self._arena.slot(span.slot).numpy()))
+                digest = span.digest or bulk.digest(self._arena.slot(span.slot).numpy().data)
                 found.append((span.slot, KeptSpan(tuple(span.keys), span.tokens, digest)))
         return found
 

@@ -25,9 +25,9 @@ from kvbank.workers.engine import Engine
 from kvbank.workers.fetcher import TierFetcher
 from kvbank.workers.models.config_reader import ModelConfig, read_config
 from kvbank.workers.models.decoder import Decoder
-from kvbank.workers.weights import load_weights
 from kvbank.workers.seams import Bank
 from kvbank.workers.shard import LocalShard, Shelf
+from kvbank.workers.weights import load_weights
 
 
 def layer_range(num_layers: int, shard: int, shards: int) -> range:

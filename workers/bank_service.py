@@ -14,7 +14,7 @@ import grpc
 from kvbank.kvstore.borrowing import Banker
 from kvbank.kvstore.layout import Boot, Layout, SlotId
 from kvbank.kvstore.ledger import BUSY, GO, SEALED, LoanLedger
-from kvbank.kvstore.loan_events import Answer, PutBytes, PutEnded
+from kvbank.kvstore.loan_events import Answer, PutBytes, PutEnded, Tainted
 from kvbank.kvstore.messages import BadDigest, Envelope, Hello, HelloAck, Ref, Sealed
 from kvbank.kvstore.transport import bulk, wire
 from kvbank.kvstore.transport.hot import HotFormatError
@@ -29,7 +29,7 @@ class LedgerPins:
     """The ledger's pins under the lock of vault and ledger, for the attend server."""
 
     def __init__(self, banker: Banker, ledger: LoanLedger, lock: object) -> None:
-        self._boot, self._ledger, self._lock = banker.boot, ledger, lock
+        self._banker, self._boot, self._ledger, self._lock = banker, banker.boot, ledger, lock
 
     def pin(self, borrower: bytes, refs: list[tuple[int, int, int]]) -> list[bool]:
         with self._lock:                                 # type: ignore[attr-defined]
@@ -39,6 +39,15 @@ class LedgerPins:
         with self._lock:                                 # type: ignore[attr-defined]
             for ref in refs:
                 self._ledger.unpin(self._ref(borrower, ref))
+
+    def digest(self, borrower: bytes, ref: tuple[int, int, int]) -> bytes:
+        with self._lock:                                 # type: ignore[attr-defined]
+            span = self._ledger.sealed_span(self._ref(borrower, ref))
+        assert span is not None, "a pinned slot lost its span"
+        return span.digest
+
+    def taint(self, borrower: bytes, ref: tuple[int, int, int]) -> None:
+        self._banker.tell_ledger(Tainted(self._ref(borrower, ref)))
 
     def _ref(self, borrower: bytes, ref: tuple[int, int, int]) -> Ref:
         return Ref(self._boot, Boot(borrower), *ref)
@@ -114,10 +123,10 @@ class BankService:
         whole = False
         target = self._arena.slot(SlotId(ref.slot), header.length)
         try:
-            whole = self._place(messages, memoryview(target.numpy()), ref)
+            whole = self._place(messages, target.numpy().data, ref)
         except Exception as error:                       # the stream broke: what came is not used
             log.debug("put cut error=%s", type(error).__name__)
-        got = bulk.digest(memoryview(target.numpy())) if whole else None
+        got = bulk.digest(target.numpy().data) if whole else None
         effects = self._banker.tell_ledger(PutEnded(ref, header.span if whole else None, got))
         return bulk.pack_answer(_answer(effects))
 
@@ -134,7 +143,7 @@ class BankService:
             return
         try:
             length = int.from_bytes(span.digest[4:12], "little")
-            for piece in bulk.pieces(memoryview(self._arena.slot(SlotId(ref.slot), length).numpy())):
+            for piece in bulk.pieces(self._arena.slot(SlotId(ref.slot), length).numpy().data):
                 yield bulk.fetch_piece(piece)
             yield bulk.fetch_end(span.digest)
         finally:
@@ -171,7 +180,7 @@ def _answer(effects: list[object]) -> bulk.PutAnswer:
 def _caller(context: grpc.ServicerContext) -> Boot:
     """The calling life, as it names itself; what it may touch is decided by refs, which carry the same name."""
     for key, value in context.invocation_metadata():
-        if key == BOOT_KEY:
+        if key == BOOT_KEY and isinstance(value, str):
             try:
                 return Boot(bytes.fromhex(value))
             except ValueError:

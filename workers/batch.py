@@ -75,8 +75,9 @@ class StepPlan:
 def unpack(data: bytes) -> StepPlan:
     """Inverse of StepPlan.pack."""
     step, tokens, positions, mapping, rows, draws = msgpack.unpackb(data, use_list=False)
+    arrays = [np.frombuffer(bytearray(array), dtype=np.int64) for array in (tokens, positions, mapping)]
     return StepPlan(
-        step, *(np.frombuffer(bytearray(a), dtype=np.int64) for a in (tokens, positions, mapping)),
+        step, arrays[0], arrays[1], arrays[2],
         rows=tuple(PlannedRows(*row) for row in rows),
         draws=tuple(Draw(row, SamplingParams(temperature=t, top_p=p, top_k=k, seed=seed), position)
                     for row, t, p, k, seed, position in draws),
@@ -124,6 +125,6 @@ class PlanBuilder:
 
     def build(self) -> StepPlan:
         fill = -len(self._tokens) % PAD_ROWS if self._pad else 0
-        arrays = (self._tokens + [0] * fill, self._positions + [0] * fill, self._mapping + [-1] * fill)
-        return StepPlan(self._step, *(np.array(a, dtype=np.int64) for a in arrays),
-                        rows=tuple(self._rows), draws=tuple(self._draws))
+        padded = (self._tokens + [0] * fill, self._positions + [0] * fill, self._mapping + [-1] * fill)
+        tokens, positions, mapping = (np.array(values, dtype=np.int64) for values in padded)
+        return StepPlan(self._step, tokens, positions, mapping, rows=tuple(self._rows), draws=tuple(self._draws))

@@ -31,7 +31,6 @@ from kvbank.workers.remote_attention import Ref as SlotRef
 from kvbank.workers.remote_attention import StreamBroken
 from kvbank.workers.seams import Adopted, AdoptEnded, BankEvent, Lost, Move, Moved, MustReturn, Returned, Stayed, StayedAway
 
-
 REMEMBERED = 8192                            # spans left at lenders whose place we remember
 
 
@@ -107,7 +106,7 @@ class Borrower:
     def num_borrowed(self) -> int:
         return len(self._where)
 
-    # -- seams.Bank ---------------------------------------------------------------------------------------------------------------
+    # -- seams.Bank --------------------------------------------------------------------------------------------------
 
     def lendable(self) -> int:
         return max(0, sum(lender.lendable for lender in self._lenders()) - self._asked)
@@ -157,7 +156,7 @@ class Borrower:
                 events += self._answered(effect.uid)
         return events
 
-    # -- remote_attention.Lendings --------------------------------------------------------------------------------------------------
+    # -- remote_attention.Lendings -----------------------------------------------------------------------------------
 
     def where(self, uid: int) -> tuple[str, SlotRef] | None:
         ref = self._where.get(uid)
@@ -181,14 +180,14 @@ class Borrower:
         if refs:
             self._tell(StaleMessage(refs))
 
-    # -- the banker's Bytes; bulk threads ---------------------------------------------------------------------------------------------
+    # -- the banker's Bytes; bulk threads ----------------------------------------------------------------------------
 
     def outgoing(self, uid: int) -> tuple[KeptSpan, memoryview] | None:
         with self._lock:
             move = self._moves.get(uid)
         if move is None:
             return None
-        data = memoryview(self._arena.slot(move.slot, self._slot_bytes).cpu().numpy())
+        data = self._arena.slot(move.slot, self._slot_bytes).cpu().numpy().data
         return KeptSpan(move.keys, move.tokens, b""), data
 
     def staging(self, uid: int) -> memoryview:
@@ -202,7 +201,7 @@ class Borrower:
             self._inbox += [effect for effect in effects if not isinstance(effect, loans.FlipsWaiting)]
         self._wake()
 
-    # -- inside -----------------------------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------------------------
 
     def _tell(self, event: Any) -> None:
         assert self._banker is not None
@@ -220,7 +219,7 @@ class Borrower:
         for lender in lenders:
             self._meet(lender)
         using = {ref.lender_boot for ref in self._where.values()}
-        return sorted((l for l in lenders if l.lendable), key=lambda l: l.boot not in using)
+        return sorted((one for one in lenders if one.lendable), key=lambda one: one.boot not in using)
 
     def _meet(self, lender: Lender) -> None:
         assert self._banker is not None

@@ -15,7 +15,7 @@ from kvbank.kvstore.hashing import block_keys
 from kvbank.kvstore.layout import BlockKey
 from kvbank.kvstore.prefix_index import Hit
 from kvbank.kvstore.span_table import HOST, LOCAL, REMOTE, Holes
-from kvbank.kvstore.vault import OutOfSlots, Vault
+from kvbank.kvstore.vault import Vault
 from kvbank.workers.seams import Backend, Bank, Fetcher
 from kvbank.workers.sequence import RUNNING, Sequence
 
@@ -39,7 +39,7 @@ class Reuse:
         self._reason: dict[str, str] = {}             # per job: why the hole it computes now was not found
         self._adopting: set[str] = set()              # jobs whose peers have not all answered
 
-    # -- a job's life ---------------------------------------------------------------------------------------------------
+    # -- a job's life ------------------------------------------------------------------------------------------------
 
     def begin(self, seq: Sequence, now: float) -> None:
         """Hash the sequence, look at peers and tiers for what the device lacks, and claim what is left to compute."""
@@ -102,12 +102,12 @@ class Reuse:
             parent = seq.keys[-1] if done else None
             seq.keys += block_keys(root, seq.token_ids[done * self._block : full * self._block], self._block, parent=parent)
 
-    # -- before a sequence computes ----------------------------------------------------------------------------------------
+    # -- before a sequence computes ----------------------------------------------------------------------------------
 
     def fill(self, seq: Sequence, now: float) -> str:
         """Fill holes from the lowest on until one must be computed. Returns '' or what to wait for instead:
         'prefix' (an older job computes it), 'fetch' (bytes are on their way). Raises OutOfSlots."""
-        if seq.is_decoding and not seq.num_tokens == seq.num_prompt:
+        if seq.is_decoding and seq.num_tokens != seq.num_prompt:
             return ""
         if self._window is not None and len(seq.table.holes) == seq.num_tokens:
             self._fill_window(seq)
@@ -157,7 +157,7 @@ class Reuse:
                 parent = seq.keys[block - 1] if block else self._root_of(seq.job.tenant)
                 self._vault.index.publish(span, seq.keys[block], seq.token_bytes(first, last), parent)
 
-    # -- the sources ---------------------------------------------------------------------------------------------------------
+    # -- the sources -------------------------------------------------------------------------------------------------
 
     def _fill_from_device(
         self, seq: Sequence, index: int, hole: int, group: list[BlockKey], *, whole: bool = False
@@ -245,7 +245,7 @@ class Reuse:
                 self._credit(seq, 0, end * self._span, "device")
                 return
 
-    # -- bookkeeping ---------------------------------------------------------------------------------------------------------
+    # -- bookkeeping -------------------------------------------------------------------------------------------------
 
     def _missing(self, seq: Sequence, usable: list[BlockKey]) -> list[tuple[int, int]]:
         """(first, last) block of what the device lacks: whole spans, then the tail's blocks one by one."""

@@ -42,7 +42,8 @@ class Room:
         running: Callable[[], list[Sequence]], queued: Callable[[], list[Sequence]],
         preemptable: Callable[[], list[Sequence]], preempt: Callable[[Sequence], None],
     ) -> None:
-        """running, queued: oldest first. preemptable: running and not in the current plan. preempt: sends a running sequence back to the queue."""
+        """running, queued: oldest first. preemptable: running and not in the current plan. preempt: sends a running
+        sequence back to the queue."""
         self._vault, self._backend, self._bank = vault, backend, bank
         self._bps = blocks_per_span
         self._running, self._queued = running, queued
@@ -54,7 +55,7 @@ class Room:
         self.adopt_ended: list[str] = []
         self.preemptions = 0
 
-    # -- making room -----------------------------------------------------------------------------------------------------
+    # -- making room -------------------------------------------------------------------------------------------------
 
     def make(self, seq: Sequence, short: int, *, planned: set[int]) -> bool:
         """Try to free `short` slots for `seq`. True when at least one is free now; False: wait, or nothing can be done.
@@ -124,7 +125,7 @@ class Room:
         self.preemptions += 1
         return self._vault.num_free > before
 
-    # -- what the bank tells ------------------------------------------------------------------------------------------------
+    # -- what the bank tells -----------------------------------------------------------------------------------------
 
     def absorb(self, events: list[BankEvent]) -> None:
         """Apply what happened to lent spans. Called at a step boundary: no reader is under way."""

@@ -59,7 +59,7 @@ class Scheduler:
                          running=lambda: self.running, queued=lambda: self.waiting,
                          preemptable=lambda: [s for s in self.running if s not in self.planned], preempt=self._preempt)
 
-    # -- jobs ---------------------------------------------------------------------------------------------------------------
+    # -- jobs --------------------------------------------------------------------------------------------------------
 
     def add(self, job: JobSpec, now: float) -> Sequence:
         """Queue a job. Raises Overloaded when the queue is full."""
@@ -82,14 +82,15 @@ class Scheduler:
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
-    # -- one step -------------------------------------------------------------------------------------------------------------
+    # -- one step ----------------------------------------------------------------------------------------------------
 
     def expire(self, now: float) -> list[tuple[Sequence, KVBankError]]:
         """Jobs that are past their deadline, or made no progress for too long without one."""
         gone: list[tuple[Sequence, KVBankError]] = []
         for seq in [*self.running, *self.waiting]:
             if seq.deadline is not None and now >= seq.deadline:
-                gone.append((seq, DeadlineExceeded(f"deadline of {seq.job.deadline_s:.3g} s passed after {seq.num_output} tokens")))
+                late = f"the deadline of {seq.job.deadline_s:.3g} s passed after {seq.num_output} tokens"
+                gone.append((seq, DeadlineExceeded(late)))
             elif seq.deadline is None and seq.state == RUNNING and now - seq.progress_at > self.config.stall_s:
                 gone.append((seq, Unavailable(
                     f"no room for {self.config.stall_s:.0f} s: the job has {len(seq.table.live())} spans of {self._span} "
@@ -141,7 +142,7 @@ class Scheduler:
             self.remove(seq)
         return outcome
 
-    # -- choosing -------------------------------------------------------------------------------------------------------------
+    # -- choosing ----------------------------------------------------------------------------------------------------
 
     def _admit(self, now: float) -> None:
         for seq in self.waiting[:LOOK_AHEAD]:
@@ -224,7 +225,7 @@ class Scheduler:
             chunk = -(-self.config.prefill_chunk_tokens // self._span)
             self.room.lend_ahead(seq, min(rest, 2 * chunk) - self.vault.num_free)
 
-    # -- applying -------------------------------------------------------------------------------------------------------------
+    # -- applying ----------------------------------------------------------------------------------------------------
 
     def _computed(self, seq: Sequence, start: int, stop: int, now: float) -> None:
         seq.table.holes.fill(start, stop)

@@ -37,7 +37,7 @@ from kvbank.proto import jobs_pb2 as pb
 from kvbank.workers.assembly import layout_of, numerics_id, root_keys
 from kvbank.workers.attend_server import AttendServer
 from kvbank.workers.bank_service import BankService, LedgerPins, layout_from
-from kvbank.workers.borrower import Borrower, Lender
+from kvbank.workers.borrower import Lender
 from kvbank.workers.config import WorkerConfig
 from kvbank.workers.engine import Engine
 from kvbank.workers.jobs_service import JobsService
@@ -67,7 +67,7 @@ def build_worker(config: Mapping[str, Any], line: ControlLine | None) -> Worker:
     if config["kind"] != "model":
         return Worker(config, line)
     if config.get("shard", 0):
-        from kvbank.workers.follower_worker import FollowerWorker       # it needs this file first
+        from kvbank.workers.follower_worker import FollowerWorker  # it needs this file first
 
         return FollowerWorker(config, line)
     return ModelWorker(config, line)
@@ -125,7 +125,8 @@ class Worker:
         """Slots, books and the lender's door."""
         model = read_config(self.worker_config.model)
         shards = range(self.worker_config.shards)
-        self.layout: Layout = max((layout_of(model, self.worker_config, shard) for shard in shards), key=lambda l: l.slot_bytes)
+        layouts = [layout_of(model, self.worker_config, shard) for shard in shards]
+        self.layout: Layout = max(layouts, key=lambda layout: layout.slot_bytes)
         self.arena = Arena(self.worker_config.num_slots, self.layout.slot_bytes, self.worker_config.device)
         self.vault = Vault(self.worker_config.num_slots, blocks_per_span=self.layout.blocks_per_span, lend_cap=self.lend_cap(),
                            on_scrub=self.arena.scrub)
@@ -158,7 +159,7 @@ class Worker:
             span_tokens=layout.span_tokens, numerics=numerics_id(self.worker_config), slot_bytes=layout.slot_bytes,
         )
 
-    # -- cluster.member.Banker --------------------------------------------------------------------------------------------------
+    # -- cluster.member.Banker ---------------------------------------------------------------------------------------
 
     def start(self, address: str) -> str:
         """Serve on `host:port`. Raises OSError as ConfigError's cause when the port is taken."""
@@ -211,7 +212,7 @@ class Worker:
     def _start_threads(self) -> None:
         """Nothing more to run."""
 
-    # -- what a borrower's parts ask ----------------------------------------------------------------------------------------
+    # -- what a borrower's parts ask ---------------------------------------------------------------------------------
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -235,7 +236,7 @@ class Worker:
             candidates = self._line.lenders(self.vault.num_slots, self.layout.slot_bytes)
             self._lenders = [Lender(c.id, Boot(c.boot), c.address, c.slots_lendable) for c in candidates]
 
-    # -- status -----------------------------------------------------------------------------------------------------------------------
+    # -- status ------------------------------------------------------------------------------------------------------
 
     def status(self) -> pb.WorkerStatus:
         per_span = self.layout.blocks_per_span
@@ -269,7 +270,7 @@ class ModelWorker(Worker):
     engine: Engine
 
     def _build(self) -> None:
-        from kvbank.workers.leader import build_leader          # the decoder is imported only where a model runs
+        from kvbank.workers.leader import build_leader  # the decoder is imported only where a model runs
 
         leader = build_leader(self)
         self.layout, self.arena, self.vault = leader.parts.layout, leader.parts.arena, leader.vault

@@ -39,7 +39,7 @@ class Model(Protocol):
 class Shelf(Protocol):
     """Where spilled frames go (kvstore/store.py)."""
 
-    def put(self, frames: list[tuple[FrameHeader, Any]]) -> None: ...
+    def put(self, frames: Sequence[tuple[FrameHeader, Any]]) -> Any: ...
 
 
 class LocalShard:
@@ -57,7 +57,7 @@ class LocalShard:
         if host is not None:
             attention.staging = HostStaging(self)
 
-    # -- computing ------------------------------------------------------------------------------------------------------------
+    # -- computing ---------------------------------------------------------------------------------------------------
 
     def run(self, plan: StepPlan, *, keep_logits: bool = False) -> StepResult:
         started = perf_counter()
@@ -98,7 +98,7 @@ class LocalShard:
             tokens = [-1 if token is None else token for token in bad.tokens]     # the scheduler fails those jobs alone
         return StepResult(tokens, {}, logits=logits if keep_logits else None, remote_calls=calls)
 
-    # -- moving bytes -----------------------------------------------------------------------------------------------------------
+    # -- moving bytes ------------------------------------------------------------------------------------------------
 
     def copy_tokens(self, source: SlotId, target: SlotId, start: int, stop: int) -> None:
         block_copy(self._slots, source, target, start, stop)
@@ -165,7 +165,7 @@ class LocalShard:
 
     def _payload(self, slot: SlotId | None) -> memoryview:
         assert slot is not None
-        return memoryview(self.arena.slot(slot, self.layout.slot_bytes).cpu().numpy())
+        return self.arena.slot(slot, self.layout.slot_bytes).cpu().numpy().data
 
     def _header(self, span: Span) -> FrameHeader:
         return FrameHeader(key=span.keys[-1], keys=tuple(span.keys), parent=span.parent, layout=self.layout, tokens=span.tokens)
@@ -177,7 +177,7 @@ class LocalShard:
             key=span.keys[number], keys=(span.keys[number],), parent=span.keys[number - 1] if number else span.parent,
             layout=self.layout, tokens=span.tokens[number * size * 4 : (number + 1) * size * 4],
         )
-        return header, memoryview(block.view(torch.uint8).numpy())
+        return header, block.view(torch.uint8).numpy().data
 
 
 class HostStaging:

@@ -42,6 +42,11 @@ def digest(data: Buffer) -> bytes:
     return zlib.crc32(view).to_bytes(4, "little") + view.nbytes.to_bytes(8, "little")
 
 
+def digested_bytes(checked: bytes) -> int:
+    """How many bytes that digest is of."""
+    return int.from_bytes(checked[4:12], "little")
+
+
 def pack_put(put: Put) -> bytes:
     span = put.span
     return bytes(msgpack.packb([_ref(put.ref), list(span.keys), span.tokens, span.digest, put.length]))

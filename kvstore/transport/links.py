@@ -88,7 +88,9 @@ class HotEnded(Exception):
 class HotLink:
     """Our end of one hot stream. One thread sends and receives."""
 
-    def __init__(self, call: Callable[..., Any], boot: Boot, *, slow_s: float, lost_s: float, on_slow: Callable[[], None]) -> None:
+    def __init__(
+        self, call: Callable[..., Any], boot: Boot, *, slow_s: float, lost_s: float, on_slow: Callable[[], None]
+    ) -> None:
         """slow_s: then on_slow is called once; lost_s: then HotEnded('silent')."""
         self._outbox = Outbox(limit=1 << 20)
         self._inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -183,12 +185,12 @@ class Links:
         with self._lock:
             channel = self._channel(self._address[boot])
         if method == PUT:
-            return channel.stream_unary(PUT)       # type: ignore[no-any-return]
-        return channel.unary_stream(FETCH)         # type: ignore[no-any-return]
+            return channel.stream_unary(PUT)
+        return channel.unary_stream(FETCH)
 
     @property
-    def metadata(self) -> list[tuple[str, str]]:
-        return [(BOOT_KEY, self.boot.hex())]
+    def metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        return ((BOOT_KEY, self.boot.hex()),)
 
     def drop(self, boot: Boot) -> None:
         """That peer is gone: close what we have to it."""
@@ -216,7 +218,7 @@ class Links:
         return None if address is None else rpc.channel(address, self._token)
 
     def _method(self, boot: Boot, name: str) -> Callable[..., Any]:
-        return self._channel(self._address[boot]).stream_stream(name)   # type: ignore[no-any-return]
+        return self._channel(self._address[boot]).stream_stream(name)
 
     def _channel(self, address: str) -> grpc.Channel:
         if address not in self._channels:

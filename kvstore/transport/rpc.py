@@ -43,12 +43,12 @@ _CHANNEL = [
 ]
 
 
-class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
+class TokenInterceptor(grpc.ServerInterceptor):
     """Refuses a call without the cluster token before its body is read."""
 
     def __init__(self, token: str) -> None:
         self._token = token.encode()
-        self._refuse = grpc.unary_unary_rpc_method_handler(_refuse)
+        self._refuse: Any = grpc.unary_unary_rpc_method_handler(_refuse)
 
     def intercept_service(
         self, continuation: Callable[[Any], Any], details: grpc.HandlerCallDetails
@@ -94,8 +94,8 @@ def aio_channel(address: str, token: str) -> tuple[grpc.aio.Channel, tuple[tuple
     return grpc.aio.insecure_channel(address, options=_CHANNEL), ((TOKEN_KEY, token),)
 
 
-class _Call(grpc.ClientCallDetails):  # type: ignore[misc]
-    def __init__(self, details: grpc.ClientCallDetails, metadata: list[tuple[str, str]]) -> None:
+class _Call(grpc.ClientCallDetails):
+    def __init__(self, details: grpc.ClientCallDetails, metadata: tuple[tuple[str, str | bytes], ...]) -> None:
         self.method = details.method
         self.timeout = details.timeout
         self.metadata = metadata
@@ -105,14 +105,14 @@ class _Call(grpc.ClientCallDetails):  # type: ignore[misc]
 
 
 class _Token(
-    grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
+    grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor,
     grpc.StreamUnaryClientInterceptor, grpc.StreamStreamClientInterceptor,
 ):
     def __init__(self, token: str) -> None:
         self._pair = (TOKEN_KEY, token)
 
     def _with_token(self, details: grpc.ClientCallDetails) -> _Call:
-        return _Call(details, [*(details.metadata or ()), self._pair])
+        return _Call(details, (*(details.metadata or ()), self._pair))
 
     def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
         return continuation(self._with_token(details), request)

@@ -54,7 +54,8 @@ def _key(data: bytes) -> BlockKey:
 
 
 def _ref(ref: m.Ref) -> pb.Ref:
-    return pb.Ref(lender_boot=ref.lender_boot, borrower_boot=ref.borrower_boot, loan=ref.loan, slot=ref.slot, gen=ref.gen)
+    return pb.Ref(
+        lender_boot=ref.lender_boot, borrower_boot=ref.borrower_boot, loan=ref.loan, slot=ref.slot, gen=ref.gen)
 
 
 def _refs(refs: tuple[m.Ref, ...]) -> list[pb.Ref]:
@@ -82,11 +83,14 @@ def _uncompat(c: pb.Compat) -> m.Compat:
 
 
 _OUT: dict[type, Callable[[Any], tuple[str, Any]]] = {
-    m.Hello: lambda x: ("hello", pb.Hello(version=x.version, node=x.node, boot=x.boot, nonce=x.nonce, compat=_compat(x.compat))),
-    m.HelloAck: lambda x: ("hello_ack", pb.HelloAck(boot=x.boot, nonce=x.nonce, fit=x.fit, reason=x.reason, lendable=x.lendable)),
-    m.Borrow: lambda x: ("borrow", pb.Borrow(loan=x.loan, tenant=x.tenant, age=x.age, spans=x.spans, job=x.job, keys=x.keys)),
-    m.Grant: lambda x: ("grant", pb.Grant(loan=x.loan, refs=_refs(x.refs), term_ms=x.term_ms, sealed_digests=x.sealed_digests,
-                                          keys=x.keys)),
+    m.Hello: lambda x: ("hello", pb.Hello(version=x.version, node=x.node, boot=x.boot, nonce=x.nonce,
+                                          compat=_compat(x.compat))),
+    m.HelloAck: lambda x: ("hello_ack", pb.HelloAck(boot=x.boot, nonce=x.nonce, fit=x.fit, reason=x.reason,
+                                                    lendable=x.lendable)),
+    m.Borrow: lambda x: ("borrow", pb.Borrow(loan=x.loan, tenant=x.tenant, age=x.age, spans=x.spans, job=x.job,
+                                             keys=x.keys)),
+    m.Grant: lambda x: ("grant", pb.Grant(loan=x.loan, refs=_refs(x.refs), term_ms=x.term_ms,
+                                          sealed_digests=x.sealed_digests, keys=x.keys)),
     m.Refuse: lambda x: ("refuse", pb.Refuse(loan=x.loan, code=x.code, retry_ms=x.retry_ms)),
     m.Renew: lambda x: ("renew", pb.Renew(no=x.no, upto=x.upto, keep=x.keep)),
     m.Renewed: lambda x: ("renewed", pb.Renewed(no=x.no, term_ms=x.term_ms, refs=_refs(x.refs))),
@@ -101,7 +105,8 @@ _IN: dict[str, Callable[[Any], m.Message]] = {
     "hello": lambda x: m.Hello(x.version, x.node, _boot(x.boot), x.nonce, _uncompat(x.compat)),
     "hello_ack": lambda x: m.HelloAck(_boot(x.boot), x.nonce, x.fit, x.reason, x.lendable),
     "borrow": lambda x: m.Borrow(x.loan, x.tenant, x.age, x.spans, x.job, tuple(_key(k) for k in x.keys)),
-    "grant": lambda x: m.Grant(x.loan, _unrefs(x.refs), x.term_ms, tuple(x.sealed_digests), tuple(_key(k) for k in x.keys)),
+    "grant": lambda x: m.Grant(x.loan, _unrefs(x.refs), x.term_ms, tuple(x.sealed_digests),
+                               tuple(_key(k) for k in x.keys)),
     "refuse": lambda x: m.Refuse(x.loan, x.code, x.retry_ms),
     "renew": lambda x: m.Renew(x.no, x.upto, tuple(x.keep)),
     "renewed": lambda x: m.Renewed(x.no, x.term_ms, _unrefs(x.refs)),

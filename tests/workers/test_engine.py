@@ -1,4 +1,4 @@
-"""One worker: whatever the chunk size, the company in the batch, preemption or reuse, the tokens are those of a big machine alone."""
+"""One worker: whatever the chunk size, the company, preemption or reuse, the tokens are those of a big machine alone."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ def test_seeded_sampling_does_not_depend_on_the_company(alone, run_jobs, prompt,
 def test_an_attempt_resumes_where_the_last_one_stopped(alone, run_jobs, prompt) -> None:
     params = SamplingParams(temperature=1.0, seed=3)
     whole = run_jobs(alone(), JobSpec(id="a", prompt=prompt(100), max_tokens=20, sampling=params, ignore_eos=True)).tokens["a"]
-    rest = run_jobs(alone(), JobSpec(id="a", prompt=prompt(100), emitted=whole[:7], max_tokens=20, sampling=params, ignore_eos=True))
+    resumed = JobSpec(id="a", prompt=prompt(100), emitted=whole[:7], max_tokens=20, sampling=params, ignore_eos=True)
+    rest = run_jobs(alone(), resumed)
     assert whole[:7] + rest.tokens["a"] == whole
 
 
