@@ -81,7 +81,7 @@ class Receipt:
     lenders: list[str] = field(default_factory=list)
     remote_attention_calls: int = 0
     recomputed_after_fault: int = 0
-    attempts: int = 1
+    attempts: int = 1                # workers that had it; more than one after a fault
     ttft_s: float = 0.0
     total_s: float = 0.0
 

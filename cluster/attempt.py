@@ -35,6 +35,7 @@ class Lost:
     """An attempt without an outcome. `refusal`: the worker answered, and does not want the job."""
 
     reason: str
+    accepted: bool = True            # False: the worker never had the job
     refusal: KVBankError | None = None
 
 
@@ -51,6 +52,7 @@ class Attempt:
         self._clock = clock
         self._on_tokens = on_tokens      # count of new tokens
         self._on_stop = on_stop          # a stop string was seen: end the job
+        self._accepted = False
         self._telling: set[asyncio.Task[None]] = set()
 
     async def run(self) -> Lost | None:
@@ -97,6 +99,9 @@ class Attempt:
             if reply is grpc.aio.EOF:
                 return self._over("stream_ended")
             silence.reschedule(loop.time() + self._silence_s)
+            if not self._accepted:
+                self._accepted = True
+                job.accepted += 1
             kind = reply.WhichOneof("kind")
             if kind == "tokens" and not self._take(reply.tokens):
                 return Lost("token_gap")
@@ -180,7 +185,7 @@ class Attempt:
             return None
         if self._job.ending:
             raise ending_error(self._job)
-        return Lost(reason)
+        return Lost(reason, accepted=self._accepted)
 
 
 def ending_error(job: Job) -> KVBankError:

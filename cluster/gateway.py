@@ -45,7 +45,7 @@ class GatewayLimits:
     grace_s: float = 2.0             # from Cancel to the receipt
     no_worker_s: float = 30.0        # a job without any worker to go to waits that long
     suspect_s: float = 1.0           # a worker that lost a job gets none of ours for that long
-    fruitless: int = 3               # attempts in a row lost without a token: the job is given up
+    fruitless: int = 3               # workers lost in a row while they had the job, without a token: it is given up
 
 
 class Choose(Protocol):
@@ -180,6 +180,7 @@ class Gateway:
             age=self._last_age,
             created=time.time(),
             started_at=self._clock(),
+            homeless_since=self._clock(),
             prompt_tokens=spec.prompt_tokens,
             keys=self._block_keys(spec.tenant, spec.prompt),
         )
@@ -251,9 +252,12 @@ class Gateway:
                     raise lost.refusal
                 continue
             self._suspect(worker)
+            if not lost.accepted:                    # nobody at home: that says nothing about the job
+                continue
+            job.homeless_since = self._clock()
             fruitless = fruitless + 1 if len(job.ids) == before else 0
             if fruitless >= self.limits.fruitless:
-                raise Unavailable(f"{fruitless} attempts were lost on workers in a row; the job is given up")
+                raise Unavailable(f"{fruitless} workers in a row were lost while they had this job; it is given up")
 
     def _complete(self, job: Job) -> bool:
         """Whether the tokens at hand already are the whole output."""
@@ -272,7 +276,6 @@ class Gateway:
 
     async def _next_worker(self, job: Job, refused: set[tuple[str, bytes]]) -> Worker:
         """Wait for a worker with a free lane. Raises Unavailable when there is none to wait for."""
-        give_up_at = self._clock() + self.limits.no_worker_s
         while True:
             self._check_ending(job)
             self._room.clear()
@@ -282,8 +285,8 @@ class Gateway:
             if free and (chosen := await self._place(job, free)) is not None:
                 return chosen
             if trusted:                              # all lanes are taken: they come free as jobs end
-                give_up_at = self._clock() + self.limits.no_worker_s
-            elif self._clock() >= give_up_at:
+                job.homeless_since = self._clock()
+            elif self._clock() >= job.homeless_since + self.limits.no_worker_s:
                 raise Unavailable(
                     f"no model worker could be reached for {self.limits.no_worker_s:g} s; see `kvbank status`"
                 )
@@ -369,6 +372,6 @@ class Gateway:
         receipt["output_tokens"] = len(job.ids)
         receipt["ttft_s"] = max(0.0, job.first_token_at - job.started_at) if job.ids else 0.0
         receipt["total_s"] = job.ended_at - job.started_at
-        receipt["attempts"] = job.attempt
-        if job.attempt > 1:
+        receipt["attempts"] = job.accepted
+        if job.accepted > 1:
             receipt["recomputed_after_fault"] = max(receipt["recomputed_after_fault"], receipt["computed_tokens"])

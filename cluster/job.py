@@ -61,12 +61,14 @@ class Job:
     age: float                       # admission stamp, smaller is older
     created: float                   # unix time
     started_at: float                # monotonic
+    homeless_since: float = 0.0      # when it was admitted, or lost the last worker that had it
     keys: bytes = b""                # block keys of the prompt, 32 bytes each
     prompt_tokens: int = 0
     ids: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     tail: str = ""
-    attempt: int = 0
+    attempt: int = 0                 # number of the current or last attempt
+    accepted: int = 0                # attempts that a worker took up
     worker: str = ""
     progress: Progress = field(default_factory=Progress)
     ending: str = ""                 # why it was asked to end: client | stop | deadline | stopping

@@ -272,3 +272,22 @@ def test_the_edge_never_imports_torch_or_ray(module: str) -> None:
             "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_worker_that_is_gone_but_still_listed_is_tried_until_its_successor_comes(make_worker, make_server, answer_of):
+    gone, successor = make_worker("worker-0"), make_worker("worker-0")
+    gone.kill()
+    server = make_server(gone, limits={"suspect_s": 0.02, "no_worker_s": 20})
+    job_id = httpx.post(f"{server.address}/v1/jobs", json={"prompt": PROMPT, "max_tokens": 8}).json()["id"]
+    while finished_now(server.address, job_id)["attempt"] < 5:       # more than `fruitless`: nobody had the job yet
+        pass
+    server.roster.alive = [successor.view()]
+    job = finished(server.address, job_id)
+    assert job["result"]["token_ids"] == answer_of(PROMPT, 8)
+
+
+def test_a_worker_that_stays_away_is_not_waited_for_for_ever(make_worker, make_server) -> None:
+    gone = make_worker("worker-0")
+    gone.kill()
+    job = run(make_server(gone, limits={"suspect_s": 0.02, "no_worker_s": 0.3}).address)
+    assert job["error"]["code"] == "unavailable" and "kvbank status" in job["error"]["message"]
