@@ -19,7 +19,8 @@ class StoreConfig:
     redis_bytes: int = 1 << 30                 # cap on our bytes in that Redis, over all workers
     redis_ttl_s: float = 86_400.0              # a frame not read for this long is forgotten
     redis_connect_s: float = 0.1
-    redis_read_s: float = 0.05                 # longest silence; see RedisTier for the bound of bulk reads
+    redis_read_s: float = 0.05                 # longest silence; what a stopped Redis costs one request, once
+    redis_floor_bytes_per_s: float = 50e6      # a slower link is a down one: bounds a batch of values beside read_s
     redis_write_s: float = 0.5                 # the same for writes, which nobody waits for
     write_behind_bytes: int = 64 << 20         # what may wait for Redis at once, beside host_bytes
 
@@ -27,6 +28,7 @@ class StoreConfig:
         for name in ("host_bytes", "write_behind_bytes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be 0 or more")
-        for name in ("redis_bytes", "redis_ttl_s", "redis_connect_s", "redis_read_s", "redis_write_s"):
+        for name in ("redis_bytes", "redis_ttl_s", "redis_connect_s", "redis_read_s", "redis_write_s",
+                     "redis_floor_bytes_per_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be more than 0")

@@ -59,6 +59,7 @@ class HostTier:
         self._frames: dict[bytes, Held] = {}
         self._order: OrderedDict[bytes, None] = OrderedDict()      # unpinned ones only, oldest first
         self._evictable = 0                    # bytes charged to the frames in _order
+        self._pinned = 0                       # bytes charged to frames with pins
         self._used = 0                         # bytes charged to everything that is not yet given back
         self._counters: Counter[str] = Counter()
         self._lock = threading.Lock()          # the books: never held over a copy
@@ -95,6 +96,7 @@ class HostTier:
             for key in keys:
                 if (held := self._frames.get(key)) is not None:
                     self._drop_from_index(held)
+                    self._pinned -= held.charge if held.pins else 0
                     held.pins = 0
                     if held.movable:
                         self._give_back(held)
@@ -102,7 +104,7 @@ class HostTier:
 
     def status(self) -> TierStatus:
         with self._lock:
-            counters = {**self._counters, "bytes_pinned": sum(h.charge for h in self._frames.values() if h.pins)}
+            counters = {**self._counters, "bytes_pinned": self._pinned}
             return TierStatus(name=self.name, bytes_used=self._used, bytes_limit=self.limit_bytes,
                               frames=len(self._frames), state="ok" if self.limit_bytes else "off", counters=counters)
 
@@ -146,6 +148,7 @@ class HostTier:
             here = [held for key in dict.fromkeys(keys) if (held := self._frames.get(key)) is not None]
             for held in here:
                 self._fix(held)
+                self._pinned += 0 if held.pins else held.charge
                 held.pins += 1
             return {held.key for held in here}
 
@@ -155,6 +158,7 @@ class HostTier:
             for key in dict.fromkeys(keys):
                 if (held := self._frames.get(key)) is not None and held.pins:
                     held.pins -= 1
+                    self._pinned -= 0 if held.pins else held.charge
                     self._unfix(held)
 
     # -- inside ---------------------------------------------------------------------------------------------------
@@ -165,6 +169,7 @@ class HostTier:
                 if (held := self._frames.get(key)) is not None:
                     self._counters["put_again"] += 1
                     self._fix(held)
+                    self._pinned += held.charge if pin and not held.pins else 0
                     held.pins += int(pin)
                     self._unfix(held)          # without a pin: to the newest end
                     return True
@@ -178,6 +183,7 @@ class HostTier:
             _copy(parts, memory)
             with self._lock:                   # published only now, with every byte in place
                 self._frames[key] = held = Held(key=key, memory=memory, size=size, charge=charge, pins=int(pin))
+                self._pinned += charge if pin else 0
                 self._unfix(held)
                 self._counters["puts"] += 1
                 self._counters["bytes_put"] += size

@@ -43,19 +43,23 @@ class RedisLink:
         self._breaker = CircuitBreaker()
         self._counters: Counter[str] = Counter()
         self._epoch = 0                        # raised when a connection was lost: the server may be another one now
+        self._bulk_fails = False               # the last exchange that should have brought values did not
         self._closed = False
         self.wake = threading.Event()          # set when a probe is due at once
         if not self._answers():
             self._breaker.trip(now=time.monotonic())
 
-    def request(self, commands: Sequence[Command], *, within_s: float) -> list[Reply]:
-        """One exchange on a pooled connection. Raises TierUnavailable; an error reply is a value, and counted."""
+    def request(self, commands: Sequence[Command], *, within_s: float, bulk: bool = False) -> list[Reply]:
+        """One exchange on a pooled connection; `bulk` when it brings values. Raises TierUnavailable.
+
+        An error reply is a value, and counted.
+        """
         self.check()
         if not self._permits.acquire(timeout=self._read_s):
             self.count(no_connection_free=1)
             raise TierUnavailable("timeout")
         try:
-            with self.judged():
+            with self.judged(bulk=bulk):
                 connection = self._take()
                 replies = connection.exchange(commands, within_s=within_s)
         finally:
@@ -72,15 +76,18 @@ class RedisLink:
                 raise TierUnavailable("tier_down")
 
     @contextmanager
-    def judged(self) -> Iterator[None]:
+    def judged(self, *, bulk: bool = False) -> Iterator[None]:
         """Tell the breaker how the block went, and turn every way of not answering into TierUnavailable."""
         try:
             yield
         except (RedisSilent, RedisLost, RedisRefused) as error:
-            self._failed(error)
+            self._failed(error, bulk)
             raise TierUnavailable("timeout" if isinstance(error, RedisSilent) else "tier_down") from None
         with self._lock:
-            self._breaker.succeeded()
+            # On a line too slow for values small answers still come: they are no sign that it is well again.
+            if bulk or not self._bulk_fails:
+                self._bulk_fails = False
+                self._breaker.succeeded()
 
     def connect(self, silence_s: float) -> RedisConnection:
         """A connection for the caller alone, outside the pool. Raises RedisSilent, RedisLost or RedisRefused."""
@@ -135,9 +142,10 @@ class RedisLink:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception, bulk: bool) -> None:
         silent = isinstance(error, RedisSilent)
         with self._lock:
+            self._bulk_fails |= bulk
             self._counters["timeouts" if silent else "lost"] += 1
             self._breaker.failed(now=time.monotonic(), silent=silent)
             self._epoch += not silent

@@ -75,7 +75,7 @@ class RedisTier:
             part = keys[first:first + per_trip]
             within_s = self._read_s + len(part) * self._value_bytes / self._floor
             try:
-                replies = self._link.request([("GET", self._physical(key)) for key in part], within_s=within_s)
+                replies = self._link.request([("GET", self._physical(key)) for key in part], within_s=within_s, bulk=True)
             except TierUnavailable as error:
                 raise TierUnavailable(error.reason, found) from None
             here = {key: reply for key, reply in zip(part, replies, strict=True) if isinstance(reply, memoryview)}

@@ -165,6 +165,7 @@ def test_a_random_walk_equals_its_model_and_never_exceeds_the_limit(seed: int) -
             model.pop(name, None)
         status = tier.status()
         assert status.bytes_used == sum(c for c, _ in model.values()) <= limit
+        assert status.counters["bytes_pinned"] == sum(c for c, pins in model.values() if pins)
         assert status.frames == len(model) and tier.has([key(n) for n in range(80)]) == set(model)
     assert 0 < most[0] <= limit
 
