@@ -93,7 +93,7 @@ class Chain:
     def connected(self) -> bool:
         return self._onward is not None
 
-    # -- seams.Backend -----------------------------------------------------------------------------------------
+    # -- seams.Backend -----------------------------------------------------------------------------------------------
 
     def run(self, plan: StepPlan, *, keep_logits: bool = False) -> StepResult:
         """One step on all shards. Raises BackendLost when one of them is gone or too slow."""
@@ -138,7 +138,7 @@ class Chain:
         self.local.unpark(uid, slot)
         self.send(Unpark(uid, slot))
 
-    # -- the rest of the engine's and the bank's business ------------------------------------------------------
+    # -- the rest of the engine's and the bank's business ------------------------------------------------------------
 
     def check(self) -> None:
         """Raises BackendLost, once, when a shard went away since the last step, or cannot be asked what is to be asked."""
@@ -170,9 +170,9 @@ class Chain:
         if added or removed or whole:
             self._keys.append((added, removed, whole))
 
-    def take_events(self) -> list[tuple[int, BankEvent]]:
-        """What the other shards' banks told, in order per shard."""
-        return [(link.shard, event) for link in self.links for event in link.take_events()]
+    def take_events(self) -> list[tuple[int, int, BankEvent]]:
+        """(shard, attempt, event) of what the other shards' banks told, in order per shard."""
+        return [(link.shard, *told) for link in self.links for told in link.take_events()]
 
     def take_found(self) -> list[tuple[int, Found]]:
         """What the other shards' tiers had, or had not."""
@@ -186,7 +186,7 @@ class Chain:
         if (onward := self._onward) is not None:
             onward.close()
 
-    # -- one step ----------------------------------------------------------------------------------------------
+    # -- one step ----------------------------------------------------------------------------------------------------
 
     def _run(self, plan: StepPlan, keep_logits: bool, deadline: float) -> StepResult:
         assert self._onward is not None
@@ -235,7 +235,7 @@ class Chain:
         except LinkBroken:
             return False                                   # if it is more than late, the next step says so
 
-    # -- making and unmaking -----------------------------------------------------------------------------------
+    # -- making and unmaking -----------------------------------------------------------------------------------------
 
     def _lost(self, why: str) -> BackendLost:
         self._reset()

@@ -41,8 +41,8 @@ class Followers(Protocol):
 
     def tell(self, shard: int, message: Message) -> None: ...
 
-    def take_events(self) -> list[tuple[int, BankEvent]]:
-        """(shard, event) of every shard but the first, in order per shard."""
+    def take_events(self) -> list[tuple[int, int, BankEvent]]:
+        """(shard, attempt, event) of every shard but the first, in order per shard."""
 
 
 @dataclass(slots=True)
@@ -50,6 +50,7 @@ class _Lent:
     """One span: what each shard has said since the state began. Shard -> its lender, its slot's news or its reason."""
 
     state: str
+    attempt: int                             # of the Lend: what others say about an earlier one is of no interest
     slot: SlotId | None = None               # RETURNING: where it will be
     moved: dict[int, str] = field(default_factory=dict)      # MOVING on: shard -> lender id
     failed: dict[int, str] = field(default_factory=dict)     # MOVING: shard -> why its part stays
@@ -66,20 +67,22 @@ class ChainBank:
         self._local, self._chain = local, chain
         self._lent: dict[int, _Lent] = {}
         self._out: list[BankEvent] = []
+        self._attempts = 0
         self._books, self._told = books, (-1, -1)
         chain.on_lost = self._lost_in_step
         chain.on_reset.append(self._reset)
 
-    # -- seams.Bank --------------------------------------------------------------------------------------------
+    # -- seams.Bank --------------------------------------------------------------------------------------------------
 
     def lendable(self) -> int:
         """Every span takes one slot per shard, from lenders that all shards share."""
         return self._local.lendable() // self._chain.shards
 
     def lend_out(self, moves: Sequence[Move], *, tenant: str, age: float) -> None:
+        self._attempts += 1
         for move in moves:
-            self._lent[move.uid] = _Lent(MOVING)
-        self._chain.send(Lend(pack_moves(moves), tenant, age))
+            self._lent[move.uid] = _Lent(MOVING, self._attempts)
+        self._chain.send(Lend(self._attempts, pack_moves(moves), tenant, age))
         self._local.lend_out(moves, tenant=tenant, age=age)
 
     def adopt(self, job: str, keys: Sequence[BlockKey], *, tenant: str, age: float) -> bool:
@@ -108,16 +111,20 @@ class ChainBank:
         while True:
             # Again until all is quiet: what one shard says can settle spans at another, ours included, and a uid must
             # be free there before the engine hears that it may be lent again.
-            heard = [(0, event) for event in self._local.poll()] + self._chain.take_events()
-            if not heard:
+            mine, theirs = self._local.poll(), self._chain.take_events()
+            if not mine and not theirs:
                 break
-            for shard, event in heard:
-                self._heard(shard, event)
+            for event in mine:
+                self._heard(0, event)
+            for shard, attempt, event in theirs:
+                lent = self._lent.get(getattr(event, "uid", 0))
+                if lent is not None and lent.attempt == attempt:
+                    self._heard(shard, event)
         self._pass_on_books()
         events, self._out = self._out, []
         return events
 
-    # -- what the shards say -----------------------------------------------------------------------------------
+    # -- what the shards say -----------------------------------------------------------------------------------------
 
     def _heard(self, shard: int, event: BankEvent) -> None:
         lent = self._lent.get(getattr(event, "uid", -1))
@@ -220,7 +227,7 @@ class ChainBank:
         self._lent.clear()
         self._told = (-1, -1)
 
-    # -- telling them ------------------------------------------------------------------------------------------
+    # -- telling them ------------------------------------------------------------------------------------------------
 
     def _settle_at(self, uid: int, shards: set[int]) -> None:
         for shard in sorted(shards):

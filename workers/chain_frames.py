@@ -98,8 +98,10 @@ class Unpark:
 
 @dataclass(frozen=True, slots=True)
 class Lend:
-    """Each uid ends in exactly one Moved or Stayed among the Events."""
+    """Each uid ends in exactly one Moved or Stayed among the Events. A span that stayed may be lent again under its uid:
+    `attempt`, which every event of these moves carries, tells late news of an earlier one apart."""
 
+    attempt: int
     moves: tuple[tuple[int, int, tuple[bytes, ...], bytes, bytes], ...]      # uid, slot, keys, tokens, parent
     tenant: str
     age: float
@@ -224,7 +226,7 @@ class Parked:
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """What this shard's bank tells: (name of the event's class in workers.seams, its fields)."""
+    """What this shard's bank tells: (attempt, name of the event's class in workers.seams, its fields)."""
 
     events: tuple[tuple[Any, ...], ...]
 
@@ -271,17 +273,16 @@ def unpack(data: bytes) -> Any:
         raise ChainFormatError(f"not a message between shards: {type(error).__name__}") from None
 
 
-def pack_event(event: BankEvent) -> tuple[Any, ...]:
-    return (type(event).__name__, *astuple(event))
+def pack_event(attempt: int, event: BankEvent) -> tuple[Any, ...]:
+    return (attempt, type(event).__name__, *astuple(event))
 
 
-def unpack_event(values: tuple[Any, ...]) -> BankEvent:
-    """Raises ChainFormatError."""
+def unpack_event(values: tuple[Any, ...]) -> tuple[int, BankEvent]:
+    """(attempt, event). Raises ChainFormatError."""
     try:
-        event: BankEvent = _EVENTS[values[0]](*values[1:])
-    except (KeyError, TypeError, IndexError):
+        return int(values[0]), _EVENTS[values[1]](*values[2:])
+    except (KeyError, TypeError, IndexError, ValueError):
         raise ChainFormatError("not a bank event") from None
-    return event
 
 
 def pack_moves(moves: list[Move]) -> tuple[tuple[int, int, tuple[bytes, ...], bytes, bytes], ...]:

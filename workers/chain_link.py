@@ -58,7 +58,7 @@ class LeadLink:
         self._backlog = backlog or []
         self._begun = False
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._events: list[BankEvent] = []
+        self._events: list[tuple[int, BankEvent]] = []
         self._found: list[Found] = []
         self._lock = threading.Lock()
         self._outbox: Outbox | None = None
@@ -112,8 +112,8 @@ class LeadLink:
             if isinstance(message, kind):
                 return message
 
-    def take_events(self) -> list[BankEvent]:
-        """What that shard's bank told since the last call."""
+    def take_events(self) -> list[tuple[int, BankEvent]]:
+        """(attempt, event) of what that shard's bank told since the last call."""
         with self._lock:
             events, self._events = self._events, []
         return events

@@ -146,7 +146,7 @@ class Follower:
         self.keys = HeldKeys()
         self._onward: Onward | None = None
         self._names: dict[int, int] = {}                 # the leader's uid -> ours, of spans that are or will be lent
-        self._theirs: dict[int, int] = {}                # the other way round
+        self._theirs: dict[int, tuple[int, int]] = {}    # the other way round, with the attempt of the Lend
         self._away: set[int] = set()                     # ours: lent, and not settled yet
         self._homes: dict[int, SlotId] = {}              # the leader's uid -> slot: home here, perhaps not elsewhere
         self._parked: set[int] = set()                   # the leader's uids
@@ -199,7 +199,7 @@ class Follower:
             session.end()
         self.wake()
 
-    # -- a leader comes and goes -------------------------------------------------------------------------------
+    # -- a leader comes and goes -------------------------------------------------------------------------------------
 
     def _guarded(self, session: Session, work: Callable[[Session, Any], None], message: Any) -> None:
         """A leader whose command cannot be carried out is told, and starts anew."""
@@ -251,7 +251,7 @@ class Follower:
         self.keys.clear()
         self.books = Books(self.shard.arena.num_slots, 0)
 
-    # -- steps -------------------------------------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------------------------------------
 
     def _step(self, session: Session, message: Step) -> None:
         plan = unpack_plan(message.plan)
@@ -278,7 +278,7 @@ class Follower:
         if result.logits is not None:
             for row in result.logits.cpu():
                 session.send(Logits(plan.step, row.numpy().tobytes()))
-        lost = tuple((self._theirs.get(uid, uid), why) for uid, why in result.lost.items())
+        lost = tuple((self._theirs.get(uid, (uid, 0))[0], why) for uid, why in result.lost.items())
         session.send(Result(plan.step, tuple(result.tokens), lost, result.remote_calls, result.forward_s,
                             self.shard.parkable()))
         self.counters.steps += 1
@@ -299,7 +299,7 @@ class Follower:
             if rows.add(data):
                 return rows.hidden
 
-    # -- slots -------------------------------------------------------------------------------------------------
+    # -- slots -------------------------------------------------------------------------------------------------------
 
     def _copy(self, session: Session, message: Copy) -> None:
         self.shard.copy_tokens(SlotId(message.source), SlotId(message.target), message.start, message.stop)
@@ -324,7 +324,7 @@ class Follower:
     def _note_books(self, session: Session, message: Books) -> None:
         self.books = message
 
-    # -- tiers -----------------------------------------------------------------------------------------------------
+    # -- tiers -------------------------------------------------------------------------------------------------------
 
     def _want(self, session: Session, message: Want) -> None:
         self._wanted[message.name] = {BlockKey(key): None for key in message.keys}
@@ -361,13 +361,13 @@ class Follower:
                     del keys[key]
                     session.send(Found(name, key, state))
 
-    # -- loans -------------------------------------------------------------------------------------------------
+    # -- loans -------------------------------------------------------------------------------------------------------
 
     def _lend(self, session: Session, message: Lend) -> None:
         moves = []
         for uid, slot, keys, tokens, parent in message.moves:
             mine = self._names[uid] = new_uid()
-            self._theirs[mine] = uid
+            self._theirs[mine] = (uid, message.attempt)
             moves.append(Move(mine, SlotId(slot), tuple(BlockKey(key) for key in keys), tokens, parent))
         self._bank.lend_out(moves, tenant=message.tenant, age=message.age)
 
@@ -379,28 +379,29 @@ class Follower:
     def _landed(self, session: Session, message: Landed) -> None:
         for uid in message.uids:
             self._homes.pop(uid, None)
-            self._forget(uid)
+            self._forget(self._names.get(uid, 0))
 
     def _settle(self, session: Session, message: Settle) -> None:
         for uid in message.uids:
-            mine = self._forget(uid)
+            mine = self._names.get(uid, 0)
+            self._forget(mine)
             self._homes.pop(uid, None)
             if mine in self._away:
                 self._away.discard(mine)
                 self._bank.settle([mine], keep=message.keep)
 
-    def _forget(self, uid: int) -> int:
-        mine = self._names.pop(uid, 0)
-        self._theirs.pop(mine, None)
-        return mine
+    def _forget(self, mine: int) -> None:
+        uid, _ = self._theirs.pop(mine, (0, 0))
+        if self._names.get(uid) == mine:                 # else the leader has lent the span again since
+            del self._names[uid]
 
     def _tell_events(self) -> None:
         """Between two commands: flip what waits for a boundary, and tell the leader."""
         told = []
         for event in self._bank.poll():
             mine: int = getattr(event, "uid", 0)
-            uid = self._theirs.get(mine)
-            if uid is None:
+            uid, attempt = self._theirs.get(mine, (0, 0))
+            if not uid:
                 if isinstance(event, Moved):
                     self._bank.settle([mine], keep=False)    # for a leader that is gone
                 continue
@@ -409,11 +410,11 @@ class Follower:
                     self._away.add(mine)
                 case Stayed() | Lost():
                     self._away.discard(mine)
-                    self._forget(uid)
+                    self._forget(mine)
                 case Returned(slot=slot):
                     self._away.discard(mine)
                     self._homes[uid] = slot
-            told.append(pack_event(replace(event, uid=uid)))
+            told.append(pack_event(attempt, replace(event, uid=uid)))
         session = self.service.current
         if told and session is not None:
             self._guarded(session, lambda to, events: to.send(events), Events(tuple(told)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,9 +16,10 @@ import torch
 from kvbank.cluster.config import load
 from kvbank.proto import control_pb2 as pb
 from kvbank.workers.engine import Engine, EngineEvent, Failed, Finished, Token
+from kvbank.workers.follower_worker import FollowerWorker
 from kvbank.workers.models.random_model import write_random_model
 from kvbank.workers.sequence import JobSpec
-from kvbank.workers.service import ModelWorker, Worker, build_worker
+from kvbank.workers.service import ModelWorker, build_worker
 
 TOKEN = "ab" * 16
 VOCAB = 512
@@ -76,23 +78,29 @@ def run(engine: Engine, *jobs: JobSpec, each_step: Callable[[], None] | None = N
 
 
 class Town:
-    """One model worker, some lenders, and a control plane that is this object. The test thread is the engine thread."""
+    """One replica, some lenders, and a control plane that is this object. The test thread is the leader's engine thread."""
 
     def __init__(self, model: Path, lenders: int, **settings: Any) -> None:
         values = {"model": str(model), "device_blocks": 48, "redis": None, "host_bytes": 0, "torch_threads": 1,
                   "term_s": 30.0, **settings}
         self.settings = load(overrides=values, environ={}).flat()
         self.lenders = [self._start("lender", f"lender-{i}") for i in range(lenders)]
+        shards = range(1, self.settings["shards"])
+        self.followers = {shard: self._start("model", f"worker-0.{shard}", shard) for shard in shards}
         worker = self._start("model", "worker-0")
         assert isinstance(worker, ModelWorker)
         self.worker = worker
         self.refresh()
 
-    def _start(self, kind: str, name: str) -> Worker:
+    def _start(self, kind: str, name: str, shard: int = 0) -> Any:
         config = {"kind": kind, "id": name, "token": TOKEN, "boot": os.urandom(16).hex(), "cache_secret": "11" * 32,
-                  "model_digest": "test", "settings": self.settings, "replica": 0, "shard": 0, "shards": 1}
+                  "model_digest": "test", "settings": self.settings, "replica": 0, "shard": shard,
+                  "shards": self.settings["shards"] if kind == "model" else 1}
         member = build_worker(config, self if kind == "model" else None)
-        if kind == "model":
+        if isinstance(member, FollowerWorker):
+            run_shard = threading.Thread(target=member._run_shard, daemon=True)
+            member._start_threads = run_shard.start       # type: ignore[method-assign]  # advice comes from `refresh`
+        elif kind == "model":
             member._start_threads = lambda: None          # type: ignore[method-assign]  # the test drives the engine
         member.start("127.0.0.1:0")
         return member
@@ -102,7 +110,7 @@ class Town:
     @property
     def members(self) -> list[pb.Member]:
         return [pb.Member(id=m.id, boot=m.boot, kind=m.kind, address=m.address, slot_bytes=m.arena.slot_bytes,
-                          slots_total=m.vault.num_slots) for m in self.lenders]
+                          slots_total=m.vault.num_slots) for m in [*self.lenders, *self.followers.values()]]
 
     def lenders_now(self) -> list[Any]:
         from kvbank.workers.borrower import Lender
@@ -117,7 +125,8 @@ class Town:
 
     def refresh(self) -> None:
         """The advice thread's work."""
-        self.worker._lenders = self.lenders_now()
+        for member in [self.worker, *self.followers.values()]:
+            member._lenders = self.lenders_now()
 
     def run(self, *jobs: JobSpec, each_step: Callable[[], None] | None = None) -> Ran:
         def step() -> None:
@@ -130,7 +139,7 @@ class Town:
         """Wait until nothing is lent any more."""
         give_up = time.monotonic() + within_s
         while any(m.vault.counts().lent for m in self.lenders):
-            self.worker.borrower.poll()
+            self.worker.engine.step()
             assert time.monotonic() < give_up, [m.vault.counts() for m in self.lenders]
             time.sleep(0.01)                              # sessions answer on threads of their own
 
@@ -142,7 +151,7 @@ class Town:
 
     def stop(self) -> None:
         self.worker.stop()
-        for member in self.lenders:
+        for member in [*self.followers.values(), *self.lenders]:
             member.stop()
 
 
