@@ -1,11 +1,12 @@
-"""DebtBook: where this borrower reads each span it lent out, and what it still owes. The borrower's half of the protocol.
+"""DebtBook: where this borrower reads each span it lent out, and what it owes. The borrower's half of the protocol.
 
-    LOCAL --granted slot--> SENDING --Sealed--> REMOTE --Recall, home--> RETURNING --verified--> LOCAL | SPILLED
+    LOCAL --granted slot--> SENDING --Sealed--> REMOTE --Recall, home--> RETURNING --verified--> LOCAL|SPILLED|REMOTE
       ^                        |                  |                          |
-      +---- stale, give up ----+                  +---- stale, gone, silent--+--> LOST
+      +---- stale, give up ----+                  +---- stale, gone, silent--+--> LOST, unless a verified copy exists
 
 Reads flip only at a StepBoundary, so no Attend of ours is ever under a flip; until then the old copy stays and is read.
 "No answer" never means "did not happen": requests are said again under the same name, and Renew reconciles both books.
+LOCAL, SPILLED, LOST and GONE spans are the engine's: the book forgets them with the effect that says so.
 
 Knows uids, refs, loans and timers; knows nothing of bytes, slots, sequences or sockets. One thread at a time.
 """
@@ -71,8 +72,10 @@ from kvbank.kvstore.messages import (
 )
 from kvbank.kvstore.timings import LoanTimings
 
-SENDING, REMOTE, RETURNING = "SENDING", "REMOTE", "RETURNING"
-ASKED, OPEN = "ASKED", "OPEN"
+LOCAL, SENDING, REMOTE, RETURNING = "LOCAL", "SENDING", "REMOTE", "RETURNING"
+ASKED, OPEN = "ASKED", "OPEN"                 # a loan that is ENDED is forgotten; its number is never drawn again
+
+MAX_BAD_COPIES = 2                            # a wire may garble one copy; two mean that the lender's bytes are wrong
 
 
 @dataclass(slots=True)
@@ -80,16 +83,23 @@ class Debt:
     """One span at a lender, or on its way there or back."""
 
     uid: int
-    ref: Ref
     state: str                                # SENDING | REMOTE | RETURNING
+    ref: Ref | None                           # where it is read; None while SENDING: it is read locally
+    filling: Ref | None = None                # the slot its bytes are sent to: SENDING, or RETURNING to another lender
     digest: bytes = b""                       # noted at Sealed
-    key: BlockKey | None = None               # adopted, and not told to the engine yet
+    key: BlockKey | None = None               # adopted, and the engine does not know yet
+    to: str = ""                              # RETURNING by a fetch: LOCAL | SPILLED
     retry_at: float = math.inf                # say StartPut or StartFetch again
     give_up_at: float = math.inf
     drop_at: float = math.inf                 # recalled: lost then, if it found no place
-    to: str = ""                              # RETURNING: LOCAL | SPILLED
-    flip: str = ""                            # at the next boundary: moved | adopted | home | gone | or the reason it is lost
-    keep: bool = False                        # flip gone: worth caching at the lender
+    why: str = ""                             # of the recall
+    bad_copies: int = 0
+    # what waits for the step boundary; the first that holds happens
+    gone: bool = False                        # no job needs it
+    keep: bool = False                        # gone, and worth caching at the lender
+    fetched: bool = False                     # a verified copy lies in `to`
+    sealed: bool = False                      # a verified copy lies in `filling`
+    ended: str = ""                           # the promise of `ref` is over, and why: lost
 
 
 @dataclass(slots=True)
@@ -101,20 +111,21 @@ class Asking:
     tenant: str
     age: Age
     deadline: float
-    keys: dict[BlockKey, int] = field(default_factory=dict)     # adopt: key -> uid
+    keys: dict[int, BlockKey] = field(default_factory=dict)     # adopt: uid -> key
     asked: int = 0
     last_code: str = "nobody"
 
 
 @dataclass(slots=True)
 class Loan:
-    """One loan with one lender. OPEN ones have refs."""
+    """One loan with one lender. ASKED ones wait for an answer; OPEN ones have refs."""
 
     number: int
     state: str
     asking: Asking
     retry_at: float
     give_up_at: float
+    refs: dict[Ref, int] = field(default_factory=dict)          # held -> number of the last Renew sent before it was
 
 
 @dataclass(slots=True)
@@ -126,12 +137,14 @@ class LenderView:
     loans: dict[int, Loan] = field(default_factory=dict)
     renew_no: int = 0
     renew_at: float = math.inf
-    known_when_sent: frozenset[Ref] = frozenset()
     avoid_until: float = -math.inf
+    changed_no: int = 0                       # the last Renew sent before the last loan or ref ended
+    changed_at: float = -math.inf
+    heard_at: float = -math.inf
 
 
 class DebtBook:
-    """`on` returns what to do; flips come only in the list that answers a StepBoundary. `wake_at`: come back with a Tick."""
+    """`on` returns what to do, flips only in answer to a StepBoundary. `wake_at` says when to come back with a Tick."""
 
     def __init__(self, boot: Boot, *, timings: LoanTimings | None = None) -> None:
         self.boot = boot
@@ -140,22 +153,28 @@ class DebtBook:
         self._lenders: dict[Boot, LenderView] = {}
         self._debts: dict[int, Debt] = {}
         self._by_ref: dict[Ref, Debt] = {}
-        self._owes = False
+        self._asked: dict[int, Asking] = {}             # uid -> the want it is part of, while nobody granted it
+        self._flips: dict[int, None] = {}               # uids with something for the next step boundary
+        self._told: InDebt = InDebt(False)
+        self._settling: dict[tuple[Boot, bool], list[Ref]] = {}
         self._out: list[BookEffect] = []
 
     def on(self, now: float, event: BookEvent) -> list[BookEffect]:
         """One event in, what to do out. Handling the same event twice changes nothing."""
         self._out = []
         if isinstance(event, Envelope):
-            if event.to_boot == self.boot:
-                self.table[type(event.message)](self, now, event.message, event.from_boot)
+            self._arrived(now, event)
         else:
             self.table[type(event)](self, now, event, self.boot)
+        for (boot, keep), refs in self._settling.items():
+            self._send(boot, Settle(tuple(refs), keep))
+        self._settling = {}
         self._tell_debt()
         return self._out
 
     def wake_at(self) -> float:
-        times = [min(d.retry_at, d.give_up_at, d.drop_at) for d in self._debts.values()]
+        """When the next timer ends; infinity when none runs."""
+        times = [min(debt.retry_at, debt.give_up_at, debt.drop_at) for debt in self._debts.values()]
         for lender in self._lenders.values():
             times.append(lender.renew_at)
             times += [min(loan.retry_at, loan.give_up_at) for loan in lender.loans.values()]
@@ -163,31 +182,73 @@ class DebtBook:
 
     def refs(self) -> dict[int, Ref]:
         """uid -> where it is read, of every REMOTE or RETURNING span."""
-        return {d.uid: d.ref for d in self._debts.values() if d.state != SENDING}
+        return {debt.uid: debt.ref for debt in self._debts.values() if debt.ref is not None}
+
+    def state(self, uid: int) -> str:
+        """LOCAL also for a span the book has never heard of, or has forgotten."""
+        return self._debts[uid].state if uid in self._debts else LOCAL
+
+    def held(self) -> list[Ref]:
+        """Every ref this borrower takes for a promise: read, or being filled. For an auditor, beside `live_refs`."""
+        return list(self._by_ref)
+
+    def loans_at(self, lender: Boot) -> dict[int, str]:
+        """Number -> ASKED | OPEN, of the loans with that life of a lender."""
+        known = self._lenders.get(lender)
+        return {} if known is None else {loan.number: loan.state for loan in known.loans.values()}
+
+    @property
+    def owes(self) -> bool:
+        """Law 5: something is borrowed, or a Borrow is in flight."""
+        return any(lender.loans for lender in self._lenders.values())
 
     def check(self) -> list[str]:
         """Broken laws, in words; empty when all is well."""
         wrong = []
         for debt in self._debts.values():
-            loan = self._lenders.get(debt.ref.lender_boot, LenderView(debt.ref.lender_boot)).loans.get(debt.ref.loan)
-            if loan is None or loan.state != OPEN:
-                wrong.append(f"CONSERVED: span {debt.uid} is {debt.state} at {debt.ref}, whose loan is not open")
-            if debt.state in (SENDING, RETURNING) and debt.give_up_at == math.inf and not debt.flip:
+            refs = [ref for ref in (debt.ref, debt.filling) if ref is not None]
+            for ref in refs:
+                loan = self._loan_of(ref)
+                if loan is None or loan.state != OPEN or ref not in loan.refs or self._by_ref.get(ref) is not debt:
+                    wrong.append(f"CONSERVED: span {debt.uid} is {debt.state} at {ref}, which no open loan knows")
+            if not refs or (debt.state == SENDING) != (debt.ref is None):
+                wrong.append(f"CONSERVED: span {debt.uid} is {debt.state} with {len(refs)} refs")
+            moving = debt.filling is not None or bool(debt.to)
+            if moving and debt.give_up_at == math.inf and debt.uid not in self._flips:
                 wrong.append(f"BOUNDED: span {debt.uid} is {debt.state} for ever")
-        if self._by_ref != {d.ref: d for d in self._debts.values()}:
-            wrong.append("CONSERVED: two spans have one ref")
+        held = [ref for lender in self._lenders.values() for loan in lender.loans.values() for ref in loan.refs]
+        if len(held) != len(self._by_ref) or any(ref not in self._by_ref for ref in held):
+            wrong.append("CONSERVED: refs of loans are not the refs of spans")
+        for lender in self._lenders.values():
+            for loan in lender.loans.values():
+                if loan.state == OPEN and not loan.refs:
+                    wrong.append(f"CONSERVED: loan {loan.number} is open and empty")
+                if loan.state == ASKED and loan.give_up_at == math.inf:
+                    wrong.append(f"BOUNDED: loan {loan.number} is asked for ever")
+            if lender.loans and lender.renew_at == math.inf:
+                wrong.append(f"BOUNDED: {len(lender.loans)} loans are not renewed")
+        wrong += [f"CONSERVED: flip of unknown span {uid}" for uid in self._flips if uid not in self._debts]
+        if self._told.owes != self.owes:
+            wrong.append("LAW 5: the ledger was not told about our debt")
         return wrong
 
-    # -- lending out ---------------------------------------------------------------------------------------------------------
+    # -- lending out -------------------------------------------------------------------------------------------------
 
     def _want(self, now: float, event: Want, _sender: Boot) -> None:
-        uids = [uid for uid in event.uids if uid not in self._debts]
+        uids = [uid for uid in event.uids if uid not in self._asked and self._may_move(uid)]
         if uids:
             self._ask(now, Asking(uids, list(event.lenders), event.tenant, event.age, event.deadline))
 
     def _adopt(self, now: float, event: Adopt, _sender: Boot) -> None:
-        keys = dict(zip(event.keys, event.uids, strict=True))
-        self._ask(now, Asking(list(event.uids), [event.lender], event.tenant, event.age, math.inf, keys=keys))
+        keys = dict(zip(event.uids, event.keys, strict=True))
+        keys = {uid: key for uid, key in keys.items() if uid not in self._asked and uid not in self._debts}
+        if keys:
+            self._ask(now, Asking(list(keys), [event.lender], event.tenant, event.age, math.inf, keys=keys))
+
+    def _may_move(self, uid: int) -> bool:
+        """LOCAL as far as the book knows, or at a lender with nothing under way."""
+        debt = self._debts.get(uid)
+        return debt is None or (debt.filling is None and not debt.to and uid not in self._flips)
 
     def _ask(self, now: float, asking: Asking) -> None:
         """The next candidate, or nobody."""
@@ -198,165 +259,239 @@ class DebtBook:
                 continue
             asking.asked += 1
             lender.drawn += 1
-            loan = Loan(lender.drawn, ASKED, asking, now + self.timings.borrow_retry_s, now + self.timings.borrow_give_up_s)
+            give_up_at = min(now + self.timings.borrow_give_up_s, asking.deadline)
+            loan = Loan(lender.drawn, ASKED, asking, now + self.timings.borrow_retry_s, give_up_at)
+            if not lender.loans:
+                lender.heard_at = now
             lender.loans[loan.number] = loan
             lender.renew_at = min(lender.renew_at, now + self.timings.renew_s)
+            self._asked.update(dict.fromkeys(asking.uids, asking))
+            self.counters["loans_asked"] += 1
             self._say_borrow(lender, loan)
             return
-        for uid in asking.uids:
-            self._refused(asking, uid, asking.last_code)
+        for uid in list(asking.uids):
+            self._not_granted(now, asking, uid, asking.last_code)
 
-    def _refused(self, asking: Asking, uid: int, why: str) -> None:
+    def _say_borrow(self, lender: LenderView, loan: Loan) -> None:
+        asking, (stamp, job) = loan.asking, loan.asking.age
+        keys = tuple(asking.keys.values())
+        self._send(lender.boot, Borrow(loan.number, asking.tenant, stamp, len(asking.uids), job, keys))
+
+    def _not_granted(self, now: float, asking: Asking, uid: int, why: str) -> None:
+        asking.uids.remove(uid)
+        self._asked.pop(uid, None)
         if asking.keys:
-            key = next(key for key, named in asking.keys.items() if named == uid)
-            self._out.append(AdoptFailed(uid, key, why))
+            self._out.append(AdoptFailed(uid, asking.keys.pop(uid), why))
+        elif (debt := self._debts.get(uid)) is not None:
+            self._stay(now, debt, why)
         else:
             self._out.append(BackToLocal(uid, why))
 
-    def _say_borrow(self, lender: LenderView, loan: Loan) -> None:
-        asking = loan.asking
-        stamp, job = asking.age
-        self._send(lender.boot, Borrow(loan.number, asking.tenant, stamp, len(asking.uids), job, tuple(asking.keys)))
+    def _unask(self, now: float, lender: LenderView, loan: Loan, why: str) -> None:
+        """An ASKED loan ends without slots that we know of; a Grant still under way is a phantom. Ask the next."""
+        self._forget_loan(now, lender, loan)
+        loan.asking.last_code = why
+        self._ask(now, loan.asking)
+
+    # -- answers -----------------------------------------------------------------------------------------------------
 
     def _grant(self, now: float, message: Grant, sender: Boot) -> None:
-        self._granted(now, self._lender(sender), message.loan, message.refs, message)
+        refs = tuple(ref for ref in message.refs if self._is_ours(ref, sender) and ref.loan == message.loan)
+        sealed = dict(zip(message.keys, zip(message.refs, message.sealed_digests, strict=False), strict=False))
+        lender = self._lender(sender)
+        loan = lender.loans.get(message.loan)
+        if loan is None or loan.state != ASKED:
+            self._settle_unknown(now, refs, sender)            # a phantom, or the same Grant again
+        elif loan.asking.keys:
+            self._open_adopted(now, lender, loan, sealed, refs)
+        else:
+            self._open(now, lender, loan, refs)
 
-    def _granted(self, now: float, lender: LenderView, number: int, refs: tuple[Ref, ...], grant: Grant | None) -> None:
-        loan = lender.loans.get(number)
-        if loan is None:
-            self._send(lender.boot, Settle(refs, False))      # a phantom: asked for once, given up since
-            return
-        if loan.state != ASKED:
-            return
+    def _open(self, now: float, lender: LenderView, loan: Loan, refs: tuple[Ref, ...]) -> None:
+        asking = loan.asking
+        self._opened(loan)
+        for uid in [uid for uid in asking.uids if not self._may_move(uid)]:
+            asking.uids.remove(uid)                            # it found another way, or its end, while we asked
+            del self._asked[uid]
+        for ref in refs:
+            if not asking.uids:
+                self._settle(ref)
+                continue
+            uid = asking.uids.pop(0)
+            del self._asked[uid]
+            debt = self._debts.get(uid)
+            if debt is None:
+                debt = self._debts[uid] = Debt(uid, SENDING, None)
+            else:
+                debt.state = RETURNING
+            debt.filling, debt.sealed = ref, False
+            debt.retry_at, debt.give_up_at = now + self.timings.put_retry_s, now + self.timings.put_give_up_s
+            self._hold(lender, loan, ref, debt)
+            self._out.append(StartPut(uid, ref, debt.ref, debt.digest))
+        if asking.uids:                                        # a partial grant: the next candidate may have the rest
+            self._ask(now, asking)
+        if not loan.refs:
+            self._forget_loan(now, lender, loan)
+
+    def _open_adopted(
+        self, now: float, lender: LenderView, loan: Loan, sealed: dict[BlockKey, tuple[Ref, bytes]],
+        refs: tuple[Ref, ...],
+    ) -> None:
+        asking = loan.asking
+        self._opened(loan)
+        for uid, key in list(asking.keys.items()):
+            ref, digest = sealed.get(key, (None, b""))
+            if ref is None or ref not in refs or ref in self._by_ref:
+                self._not_granted(now, asking, uid, ABSENT)
+                continue
+            asking.uids.remove(uid)
+            del asking.keys[uid], self._asked[uid]
+            debt = self._debts[uid] = Debt(uid, REMOTE, ref, digest=digest, key=key)
+            self._hold(lender, loan, ref, debt)
+            self._mark(debt)
+        self._settle_unknown(now, refs, lender.boot)
+        if not loan.refs:
+            self._forget_loan(now, lender, loan)
+
+    def _opened(self, loan: Loan) -> None:
         loan.state, loan.retry_at, loan.give_up_at = OPEN, math.inf, math.inf
-        if loan.asking.keys:
-            self._adopted(now, lender, loan, refs, grant)
-            return
-        taken = loan.asking.uids[: len(refs)]
-        for uid, ref in zip(taken, refs, strict=False):
-            debt = Debt(uid, ref, SENDING, retry_at=now + self.timings.put_retry_s, give_up_at=now + self.timings.put_give_up_s)
-            self._book(debt)
-            self._out.append(StartPut(uid, ref))
-        if refs[len(taken) :]:
-            self._send(lender.boot, Settle(refs[len(taken) :], False))
-        loan.asking.uids = loan.asking.uids[len(taken) :]
-        if loan.asking.uids:
-            rest, loan.asking = loan.asking, Asking([], [], loan.asking.tenant, loan.asking.age, math.inf)
-            self._ask(now, rest)
-        self._close_if_empty(lender, loan)
-
-    def _adopted(self, now: float, lender: LenderView, loan: Loan, refs: tuple[Ref, ...], grant: Grant | None) -> None:
-        asking, named = loan.asking, dict(loan.asking.keys)
-        if grant is not None:
-            for ref, key, digest in zip(refs, grant.keys, grant.sealed_digests, strict=False):
-                uid = named.pop(key, None)
-                if uid is None:
-                    self._send(lender.boot, Settle((ref,), True))
-                    continue
-                self._book(Debt(uid, ref, REMOTE, digest=digest, key=key, flip="adopted"))
-                self._out.append(FlipsWaiting())
-        else:                                                 # heard of by Renewed only: the digests are not known
-            self._send(lender.boot, Settle(refs, True))
-        for key, uid in named.items():
-            self._out.append(AdoptFailed(uid, key, ABSENT))
-        asking.uids.clear()
-        self._close_if_empty(lender, loan)
+        self.counters["loans_opened"] += 1
 
     def _refuse(self, now: float, message: Refuse, sender: Boot) -> None:
         lender = self._lender(sender)
         loan = lender.loans.get(message.loan)
-        if loan is not None and loan.state == ASKED:
+        if loan is None:
+            return
+        if loan.state == ASKED:
             self.counters[f"refused_{message.code}"] += 1
-            loan.asking.last_code = message.code
             lender.avoid_until = max(lender.avoid_until, now + message.retry_ms / 1e3)
-            del lender.loans[message.loan]
-            self._ask(now, loan.asking)
+            self._unask(now, lender, loan, message.code)
+        else:                                                  # an earlier answer, or the slots were taken back since
+            for ref in list(loan.refs):
+                if self._by_ref[ref].filling == ref:
+                    self._stop_filling(now, self._by_ref[ref], "refused")
 
-    # -- on the way ----------------------------------------------------------------------------------------------------------
+    def _renewed(self, now: float, message: Renewed, sender: Boot) -> None:
+        lender = self._lenders.get(sender)
+        if lender is None or message.no > lender.renew_no:
+            return
+        listed = frozenset(message.refs)
+        for loan in list(lender.loans.values()):
+            for ref, before in list(loan.refs.items()):
+                if before < message.no and ref not in listed:  # held when that Renew was sent, and no promise any more
+                    self._promise_over(now, ref, "missing")
+        unknown: dict[int, list[Ref]] = {}
+        for ref in message.refs:
+            if ref not in self._by_ref and self._is_ours(ref, sender):
+                unknown.setdefault(ref.loan, []).append(ref)
+        for number, refs in unknown.items():
+            asked = lender.loans.get(number)
+            if asked is None or asked.state != ASKED:
+                self._settle_unknown(now, tuple(refs), sender)
+            elif not asked.asking.keys:                        # an adopted one needs its digests: the Grant comes again
+                self._open(now, lender, asked, tuple(refs))
+        if not lender.loans and not unknown and message.no > lender.changed_no:
+            lender.renew_at = math.inf                         # both books are empty
+
+    # -- on the way --------------------------------------------------------------------------------------------------
 
     def _put_done(self, now: float, event: PutDone, _sender: Boot) -> None:
         debt = self._by_ref.get(event.ref)
-        if debt is None or debt.state != SENDING or debt.flip:
+        if debt is None or debt.filling != event.ref or debt.sealed:
+            return                                             # late: that promise is over, or known already
+        if event.digest != event.sealed or (debt.digest and debt.digest != event.sealed):
+            self._stop_filling(now, debt, "digest")
             return
-        if event.digest != event.sealed:
-            self._back(now, debt, "digest")
-            return
-        debt.digest, debt.flip = event.digest, "moved"
+        debt.digest, debt.sealed = event.sealed, True
         debt.retry_at = debt.give_up_at = math.inf
-        self._out.append(FlipsWaiting())
+        self._mark(debt)
 
     def _put_failed(self, now: float, event: PutFailed, _sender: Boot) -> None:
         debt = self._by_ref.get(event.ref)
-        if debt is not None and debt.state == SENDING and event.why == "stale":
-            self._back(now, debt, "stale")
+        if debt is not None and debt.filling == event.ref and event.why == "stale":
+            self._stop_filling(now, debt, "stale")
 
     def _bring_home(self, now: float, event: BringHome, _sender: Boot) -> None:
         for uid in event.uids:
             debt = self._debts.get(uid)
-            if debt is None or debt.state == SENDING or debt.flip:
+            if debt is None or debt.ref is None or uid in self._flips or debt.to:
                 continue
+            if debt.filling is not None:                       # it was moving on to another lender: home is better
+                self._let_go(now, debt.filling)
+                debt.filling = None
             debt.state, debt.to = RETURNING, event.to
             debt.retry_at, debt.give_up_at = now + self.timings.put_retry_s, now + self.timings.put_give_up_s
             self._out.append(StartFetch(uid, debt.ref, debt.to, debt.digest))
 
     def _copy_verified(self, now: float, event: CopyVerified, _sender: Boot) -> None:
         debt = self._debts.get(event.uid)
-        if debt is None or debt.state != RETURNING or debt.flip:
+        if debt is None or debt.ref is None or not debt.to or debt.fetched:
             return
-        self._flip(debt, "home" if event.digest == debt.digest else "tainted")
+        if event.digest == debt.digest:
+            debt.fetched = True
+            debt.retry_at = debt.give_up_at = debt.drop_at = math.inf
+            self._mark(debt)
+            return
+        debt.bad_copies += 1
+        self.counters["bad_copies"] += 1
+        if debt.bad_copies >= MAX_BAD_COPIES:
+            self._promise_over(now, debt.ref, "tainted")
+        elif not debt.ended:
+            debt.retry_at = now + self.timings.put_retry_s
+            self._out.append(StartFetch(debt.uid, debt.ref, debt.to, debt.digest))
 
     def _fetch_failed(self, now: float, event: FetchFailed, _sender: Boot) -> None:
         debt = self._debts.get(event.uid)
-        if debt is not None and debt.state == RETURNING and event.why == "stale":
-            self._flip(debt, "stale")
+        if debt is not None and debt.ref is not None and debt.to and event.why == "stale":
+            self._promise_over(now, debt.ref, "stale")
 
     def _no_longer_needed(self, now: float, event: NoLongerNeeded, _sender: Boot) -> None:
         for uid in event.uids:
-            debt = self._debts.get(uid)
-            if debt is None:
-                self._out.append(Gone(uid))
-            elif debt.flip in ("", "moved", "adopted", "home"):
-                debt.keep = event.keep
-                self._flip(debt, "gone")
+            if (debt := self._debts.get(uid)) is not None:
+                debt.gone, debt.keep = True, event.keep
+                self._mark(debt)
+            if (asking := self._asked.pop(uid, None)) is not None:
+                asking.uids.remove(uid)
+                asking.keys.pop(uid, None)
+                if debt is None:
+                    self._out.append(Gone(uid))
+        for lender in self._lenders.values():                  # wants that nobody wants now: their Grants are phantoms
+            for loan in [one for one in lender.loans.values() if one.state == ASKED and not one.asking.uids]:
+                self._forget_loan(now, lender, loan)
 
-    # -- what lenders say ----------------------------------------------------------------------------------------------------
+    # -- what lenders say --------------------------------------------------------------------------------------------
 
-    def _recall(self, now: float, message: Recall, _sender: Boot) -> None:
+    def _arrived(self, now: float, envelope: Envelope) -> None:
+        message = envelope.message
+        if envelope.to_boot != self.boot:
+            if not isinstance(message, OtherBoot):
+                self._send(envelope.from_boot, OtherBoot(self.boot, envelope.to_boot))
+            return
+        if (lender := self._lenders.get(envelope.from_boot)) is not None:
+            lender.heard_at = now
+        self.table[type(message)](self, now, message, envelope.from_boot)
+
+    def _recall(self, now: float, message: Recall, sender: Boot) -> None:
+        lender, within_s = self._lender(sender), message.within_ms / 1e3
+        lender.avoid_until = max(lender.avoid_until, now + self.timings.quarantine_s)
         for ref in message.refs:
             debt = self._by_ref.get(ref)
-            if debt is None or debt.flip in ("gone", "home"):
-                continue
-            if debt.state == SENDING:
-                self._back(now, debt, "recall")
-            elif debt.drop_at == math.inf:
-                within_s = message.within_ms / 1e3
-                debt.drop_at = now + self.timings.drop_share * within_s
-                self._out.append(MustReturn(debt.uid, within_s, message.why))
+            if debt is None:
+                self._settle_unknown(now, (ref,), sender)
+            elif debt.filling == ref:
+                self._stop_filling(now, debt, "recall")
+            elif debt.key is not None:                         # adopted a moment ago, and nobody reads it yet
+                self._promise_over(now, ref, "recall")
+            elif not (debt.gone or debt.fetched or debt.sealed or debt.ended):
+                first, debt.why = debt.drop_at == math.inf, message.why
+                debt.drop_at = min(debt.drop_at, now + self.timings.drop_share * within_s)
+                if first:
+                    self._out.append(MustReturn(debt.uid, debt.drop_at - now, message.why))
 
-    def _stale(self, now: float, message: Stale, _sender: Boot) -> None:
+    def _stale(self, now: float, message: Stale, sender: Boot) -> None:
         for ref in message.refs:
-            if (debt := self._by_ref.get(ref)) is not None:
-                self._ended(now, debt, "stale")
-
-    def _renewed(self, now: float, message: Renewed, sender: Boot) -> None:
-        lender = self._lenders.get(sender)
-        if lender is None or message.no != lender.renew_no:
-            return
-        listed = frozenset(message.refs)
-        for debt in [d for d in self._debts.values() if d.ref in lender.known_when_sent and d.ref not in listed]:
-            self._ended(now, debt, "missing")
-        unknown: dict[int, list[Ref]] = {}
-        for ref in message.refs:
-            if ref not in self._by_ref:
-                unknown.setdefault(ref.loan, []).append(ref)
-        for number, refs in unknown.items():
-            loan = lender.loans.get(number)
-            if loan is not None and loan.state == ASKED:
-                self._granted(now, lender, number, tuple(refs), None)
-            elif number <= lender.drawn:
-                self._send(sender, Settle(tuple(refs), False))
-        if not lender.loans and not listed:
-            lender.renew_at = math.inf                        # both books are empty
+            if sender in (ref.lender_boot, self.boot):         # the lender said so, or an Attend was answered so
+                self._promise_over(now, ref, "stale")
 
     def _other_boot(self, now: float, message: OtherBoot, _sender: Boot) -> None:
         self._peer_gone(now, PeerGone(message.asked), self.boot)
@@ -364,28 +499,24 @@ class DebtBook:
     def _nothing(self, now: float, message: Any, _sender: Boot) -> None:
         """Heard, and nothing follows from it."""
 
-    # -- peers ---------------------------------------------------------------------------------------------------------------
+    # -- peers -------------------------------------------------------------------------------------------------------
 
     def _peer_gone(self, now: float, event: PeerGone, _sender: Boot) -> None:
-        for debt in [d for d in self._debts.values() if d.ref.lender_boot == event.boot]:
-            self._ended(now, debt, "gone")
-        lender = self._lenders.get(event.boot)
-        if lender is None:
-            return
-        lender.avoid_until = math.inf                         # that life is over
-        asked = [loan for loan in lender.loans.values() if loan.state == ASKED]
-        lender.loans = {number: loan for number, loan in lender.loans.items() if loan.state == OPEN}
-        lender.renew_at = math.inf
-        for loan in asked:
-            loan.asking.last_code = "gone"
-            self._ask(now, loan.asking)
+        if (lender := self._lenders.get(event.boot)) is not None:
+            self._drop_lender(now, lender, "gone")
 
     def _attend_silent(self, now: float, event: AttendSilent, _sender: Boot) -> None:
-        lender = self._lender(event.lender)
-        lender.avoid_until = max(lender.avoid_until, now + self.timings.quarantine_s)
-        for debt in [d for d in self._debts.values() if d.ref.lender_boot == event.lender]:
-            self._ended(now, debt, "silent")
+        self._drop_lender(now, self._lender(event.lender), "silent")
         self._out.append(ProbePeer(event.lender))
+
+    def _drop_lender(self, now: float, lender: LenderView, why: str) -> None:
+        """Nothing there can be read, as far as we know. If it lives, our Settle or its term frees the slots."""
+        lender.avoid_until = max(lender.avoid_until, now + self.timings.quarantine_s)
+        for loan in list(lender.loans.values()):
+            for ref in list(loan.refs):
+                self._promise_over(now, ref, why)
+            if loan.state == ASKED:
+                self._unask(now, lender, loan, why)
 
     def _attend_slow(self, now: float, event: AttendSlow, _sender: Boot) -> None:
         self._out.append(ProbePeer(event.lender))
@@ -394,62 +525,90 @@ class DebtBook:
         lender = self._lender(event.boot)
         lender.avoid_until = max(lender.avoid_until, event.until)
 
-    # -- flips ---------------------------------------------------------------------------------------------------------------
+    # -- failed moves ------------------------------------------------------------------------------------------------
+
+    def _promise_over(self, now: float, ref: Ref, why: str) -> None:
+        """What is still local stays so; what is read there is lost at the boundary, unless a copy is verified by then."""
+        debt = self._by_ref.get(ref)
+        if debt is None:
+            return
+        if debt.filling == ref:
+            self._stop_filling(now, debt, why)
+        elif debt.key is not None:
+            self._out.append(AdoptFailed(debt.uid, debt.key, why))
+            self._strike(now, debt)
+        elif not debt.ended or why == "tainted":
+            debt.ended = why
+            debt.drop_at = debt.retry_at = math.inf
+            self._mark(debt)
+
+    def _stop_filling(self, now: float, debt: Debt, why: str) -> None:
+        """The slot being filled is given up. A span that was SENDING is, and always was, read locally."""
+        if debt.ref is None:
+            self.counters[f"back_{why}"] += 1
+            self._strike(now, debt)
+            self._out.append(Gone(debt.uid) if debt.gone else BackToLocal(debt.uid, why))
+            return
+        assert debt.filling is not None
+        self._let_go(now, debt.filling)
+        debt.filling, debt.sealed = None, False
+        self._stay(now, debt, why)
+
+    def _stay(self, now: float, debt: Debt, why: str) -> None:
+        """A move away from `ref` failed; it is read there as before, and a recall still runs."""
+        debt.state, debt.to = REMOTE, ""
+        debt.retry_at = debt.give_up_at = math.inf
+        if debt.gone or debt.ended:
+            return                                             # the boundary decides
+        self._out.append(StayedRemote(debt.uid, why))
+        if debt.drop_at < math.inf:
+            self._out.append(MustReturn(debt.uid, max(0.0, debt.drop_at - now), debt.why))
+
+    # -- flips -------------------------------------------------------------------------------------------------------
 
     def _step_boundary(self, now: float, _event: StepBoundary, _sender: Boot) -> None:
-        settle: dict[tuple[Boot, bool], list[Ref]] = {}
-        for debt in [d for d in self._debts.values() if d.flip]:
-            flip, debt.flip = debt.flip, ""
-            if flip == "moved":
-                debt.state = REMOTE
-                self._out.append(Moved(debt.uid, debt.ref, debt.digest))
-                continue
-            if flip == "adopted":
-                assert debt.key is not None
-                self._out.append(Adopted(debt.uid, debt.key, debt.ref, debt.digest))
-                continue
-            if flip == "home":
-                self._out.append(CameHome(debt.uid, debt.to))
-            elif flip == "gone":
-                self._out.append(Gone(debt.uid))
-            else:
-                self._out.append(Lost(debt.uid, debt.ref, flip))
-                self.counters[f"lost_{flip}"] += 1
-            settle.setdefault((debt.ref.lender_boot, debt.keep and flip == "gone"), []).append(debt.ref)
-            self._strike(debt)
-        for (boot, keep), refs in settle.items():
-            self._send(boot, Settle(tuple(refs), keep))
+        flips, self._flips = self._flips, {}
+        for uid in flips:
+            debt = self._debts[uid]
+            if debt.gone:
+                self._out.append(Gone(uid))
+                self._strike(now, debt, keep=debt.keep and not debt.ended)
+            elif debt.fetched:
+                self._out.append(CameHome(uid, debt.to))
+                self.counters["spans_home"] += 1
+                self._strike(now, debt)
+            elif debt.sealed and debt.filling is not None:
+                self._move(now, debt, debt.filling)
+            elif debt.ended:
+                assert debt.ref is not None
+                self._out.append(Lost(uid, debt.ref, debt.ended))
+                self.counters[f"lost_{debt.ended}"] += 1
+                self._strike(now, debt)
+            elif debt.key is not None:
+                assert debt.ref is not None
+                self._out.append(Adopted(uid, debt.key, debt.ref, debt.digest))
+                self.counters["spans_adopted"] += 1
+                debt.key = None
 
-    def _flip(self, debt: Debt, how: str) -> None:
-        debt.flip = how
-        debt.retry_at = debt.give_up_at = debt.drop_at = math.inf
+    def _move(self, now: float, debt: Debt, ref: Ref) -> None:
+        old, debt.ref, debt.filling, debt.sealed, debt.state = debt.ref, ref, None, False, REMOTE
+        debt.drop_at, debt.ended = math.inf, ""
+        self._out.append(Moved(debt.uid, ref, debt.digest))
+        self.counters["spans_moved"] += 1
+        if old is not None:
+            self._let_go(now, old)
+
+    def _mark(self, debt: Debt) -> None:
+        self._flips[debt.uid] = None
         self._out.append(FlipsWaiting())
 
-    def _ended(self, now: float, debt: Debt, why: str) -> None:
-        """The promise is over: what was still local stays so, what was read there is lost at the next boundary."""
-        if debt.state == SENDING:
-            self._back(now, debt, why)
-        elif debt.flip == "adopted" and debt.key is not None:
-            self._out.append(AdoptFailed(debt.uid, debt.key, why))
-            self._strike(debt)
-        elif debt.flip not in ("gone", "home"):
-            self._flip(debt, why)
-
-    def _back(self, now: float, debt: Debt, why: str) -> None:
-        self.counters[f"back_{why}"] += 1
-        self._strike(debt)
-        self._send(debt.ref.lender_boot, Settle((debt.ref,), False))
-        self._out.append(BackToLocal(debt.uid, why))
-
-    # -- timers --------------------------------------------------------------------------------------------------------------
+    # -- timers ------------------------------------------------------------------------------------------------------
 
     def _tick(self, now: float, _event: Tick, _sender: Boot) -> None:
         for lender in list(self._lenders.values()):
             for loan in [loan for loan in lender.loans.values() if loan.state == ASKED]:
                 if loan.give_up_at <= now:
-                    loan.asking.last_code = "give_up"
-                    del lender.loans[loan.number]
-                    self._ask(now, loan.asking)
+                    self._unask(now, lender, loan, "give_up")
                 elif loan.retry_at <= now:
                     loan.retry_at = now + self.timings.borrow_retry_s
                     self._say_borrow(lender, loan)
@@ -459,61 +618,96 @@ class DebtBook:
             self._tick_debt(now, debt)
 
     def _tick_debt(self, now: float, debt: Debt) -> None:
-        if debt.drop_at <= now:
-            self._flip(debt, "recall")
-        elif debt.give_up_at <= now:
-            debt.retry_at = debt.give_up_at = math.inf
-            if debt.state == SENDING:
-                self._back(now, debt, "give_up")
+        if debt.drop_at <= now and debt.ref is not None:
+            self._promise_over(now, debt.ref, "recall")
+        if debt.give_up_at <= now:
+            if debt.filling is not None:
+                self._stop_filling(now, debt, "give_up")
             else:
-                debt.state = REMOTE
-                self._out.append(StayedRemote(debt.uid, "give_up"))
-                if debt.drop_at < math.inf:
-                    self._out.append(MustReturn(debt.uid, max(0.0, debt.drop_at - now), "again"))
+                self._stay(now, debt, "give_up")
         elif debt.retry_at <= now:
             debt.retry_at = now + self.timings.put_retry_s
-            again = StartPut(debt.uid, debt.ref) if debt.state == SENDING else \
-                StartFetch(debt.uid, debt.ref, debt.to, debt.digest)
-            self._out.append(again)
+            if debt.filling is not None:
+                self._out.append(StartPut(debt.uid, debt.filling, debt.ref, debt.digest))
+            elif debt.ref is not None:
+                self._out.append(StartFetch(debt.uid, debt.ref, debt.to, debt.digest))
 
     def _renew(self, now: float, lender: LenderView) -> None:
+        """One for all loans of the pair; goes on a little after the last one, so that a lost Settle is noticed."""
+        if not lender.loans and now - lender.changed_at >= self.timings.term_s:
+            lender.renew_at = math.inf                         # the term has ended whatever was left
+            return
         lender.renew_no += 1
         lender.renew_at = now + self.timings.renew_s
-        lender.known_when_sent = frozenset(d.ref for d in self._debts.values() if d.ref.lender_boot == lender.boot)
         self._send(lender.boot, Renew(lender.renew_no, lender.drawn, tuple(lender.loans)))
+        if lender.loans and now - lender.heard_at >= self.timings.term_s:
+            lender.heard_at = now                              # nothing reads there, or we would know: once a term
+            self._out.append(ProbePeer(lender.boot))
 
-    # -- the books -----------------------------------------------------------------------------------------------------------
+    # -- the books ---------------------------------------------------------------------------------------------------
 
     def _lender(self, boot: Boot) -> LenderView:
         if boot not in self._lenders:
             self._lenders[boot] = LenderView(boot)
         return self._lenders[boot]
 
-    def _book(self, debt: Debt) -> None:
-        self._debts[debt.uid] = debt
-        self._by_ref[debt.ref] = debt
+    def _loan_of(self, ref: Ref) -> Loan | None:
+        lender = self._lenders.get(ref.lender_boot)
+        return None if lender is None else lender.loans.get(ref.loan)
 
-    def _strike(self, debt: Debt) -> None:
-        """The debt is over; its loan with it when it was the last."""
-        self._debts.pop(debt.uid, None)
-        self._by_ref.pop(debt.ref, None)
-        lender = self._lender(debt.ref.lender_boot)
-        if (loan := lender.loans.get(debt.ref.loan)) is not None:
-            self._close_if_empty(lender, loan)
+    def _is_ours(self, ref: Ref, sender: Boot) -> bool:
+        return ref.borrower_boot == self.boot and ref.lender_boot == sender
 
-    def _close_if_empty(self, lender: LenderView, loan: Loan) -> None:
-        if loan.state == OPEN and not any(
-            d.ref.loan == loan.number and d.ref.lender_boot == lender.boot for d in self._debts.values()
-        ):
-            lender.loans.pop(loan.number, None)
+    def _hold(self, lender: LenderView, loan: Loan, ref: Ref, debt: Debt) -> None:
+        loan.refs[ref] = lender.renew_no
+        self._by_ref[ref] = debt
+
+    def _let_go(self, now: float, ref: Ref, *, keep: bool = False) -> None:
+        """The ref is not ours any more; the loan ends with its last one."""
+        del self._by_ref[ref]
+        self._settle(ref, keep=keep)
+        lender, loan = self._lender(ref.lender_boot), self._loan_of(ref)
+        assert loan is not None
+        del loan.refs[ref]
+        self._changed(now, lender)
+        if not loan.refs and loan.state == OPEN:
+            self._forget_loan(now, lender, loan)
+
+    def _strike(self, now: float, debt: Debt, *, keep: bool = False) -> None:
+        """Forget the span. What was only being filled is never kept: its bytes may have come from a slot in change."""
+        del self._debts[debt.uid]
+        self._flips.pop(debt.uid, None)
+        if debt.filling is not None:
+            self._let_go(now, debt.filling)
+        if debt.ref is not None:
+            self._let_go(now, debt.ref, keep=keep)
+
+    def _forget_loan(self, now: float, lender: LenderView, loan: Loan) -> None:
+        lender.loans.pop(loan.number, None)
+        self._changed(now, lender)
+
+    def _changed(self, now: float, lender: LenderView) -> None:
+        """A loan or ref ended: go on renewing until the lender has seen it too."""
+        lender.changed_no, lender.changed_at = lender.renew_no, now
+        lender.renew_at = min(lender.renew_at, now + self.timings.renew_s)
+
+    def _settle_unknown(self, now: float, refs: tuple[Ref, ...], sender: Boot) -> None:
+        """Promises that we do not hold, or not any more."""
+        for ref in refs:
+            if ref not in self._by_ref and self._is_ours(ref, sender):
+                self._settle(ref)
+                self._changed(now, self._lender(sender))
+
+    def _settle(self, ref: Ref, *, keep: bool = False) -> None:
+        self._settling.setdefault((ref.lender_boot, keep), []).append(ref)
 
     def _tell_debt(self) -> None:
         """Law 5: whoever owes, or asks, grants nothing. Passed on before any Send of the same list."""
-        loans = [loan for lender in self._lenders.values() for loan in lender.loans.values()]
-        if bool(loans) != self._owes:
-            self._owes = bool(loans)
-            age = min((loan.asking.age for loan in loans), default=None)
-            self._out.insert(0, InDebt(self._owes, age))
+        ages = [loan.asking.age for lender in self._lenders.values() for loan in lender.loans.values()]
+        told = InDebt(bool(ages), min(ages, default=None))
+        if told != self._told:
+            self._told = told
+            self._out.insert(0, told)
 
     def _send(self, boot: Boot, message: Any) -> None:
         self._out.append(Send(boot, message))

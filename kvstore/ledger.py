@@ -6,12 +6,12 @@
       |                                          v
       +------------- pins = 0 --------------- REVOKED
 
-Safety rests on names and pins: a ref that does not match a live slot exactly is stale, and no slot is given back to the pool
-while somebody reads or fills it. Time only decides when to give up waiting. There are no tombstones: a late Borrow may open
-a phantom loan, which the borrower settles, its next Renew does not keep, or the fill timer takes back.
+Safety rests on names and pins: a ref that does not match a live slot exactly is stale, and no slot is given back to the
+pool while somebody reads or fills it. Time only decides when to give up waiting. There are no tombstones: a late Borrow
+may open a phantom loan, which the borrower settles, its next Renew does not keep, or the fill timer takes back.
 
-Knows slots, states, pins and terms; knows nothing of bytes, sockets, threads or jobs. The caller holds one lock over vault
-and ledger during every call, and never while computing, copying or waiting.
+Knows slots, states, pins and terms; knows nothing of bytes, sockets, threads or jobs. The caller holds one lock over
+vault and ledger during every call, and never while computing, copying or waiting.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from kvbank.kvstore.loan_events import (
     PutEnded,
     Revoked,
     Send,
+    Tainted,
     Tick,
 )
 from kvbank.kvstore.messages import (
@@ -79,7 +80,7 @@ from kvbank.kvstore.timings import LoanTimings
 FREE, HELD, SEALED, RECALLED, REVOKED = "FREE", "HELD", "SEALED", "RECALLED", "REVOKED"
 GO, BUSY, STALE = "GO", "BUSY", "STALE"                  # verdicts of begin_put, beside SEALED
 
-MAX_PEERS = 1024                                         # strangers remembered at once; those that owe are never forgotten
+MAX_PEERS = 1024                                         # remembered at once; those that owe are never forgotten
 RETRY_MS = {FULL: 300, CAP: 300, QUOTA: 1_000, IN_DEBT: 1_000, DRAINING: 10_000, COMPAT: 60_000, ABSENT: 0}
 
 
@@ -93,10 +94,10 @@ class SlotPool(Protocol):
         """Up to `number` of them, scrubbed if the tenant may change."""
 
     def adopt(self, keys: Sequence[BlockKey], tenant: str) -> Sequence[tuple[int, KeptSpan]]:
-        """Turn the idle cached spans that end with these keys into lent slots; keys that are not idle here are left out."""
+        """Turn the idle cached spans that end with these keys into lent slots; other keys are left out."""
 
     def give_back(self, slot: int, kept: KeptSpan | None) -> None:
-        """Nobody reads or fills the slot any more. kept: its bytes are a cached span now, evictable at once; None: blank."""
+        """Nobody reads or fills the slot any more. kept: its bytes are an idle cached span now; None: it is blank."""
 
 
 @dataclass(slots=True)
@@ -156,7 +157,7 @@ class LoanView:
 
 @dataclass(frozen=True, slots=True)
 class PutVerdict:
-    """GO: write, then PutEnded. SEALED: answer Sealed(digest). BUSY: another Put fills it; drop this one. STALE: say so."""
+    """GO: write, then PutEnded. SEALED: answer Sealed(digest). BUSY: another Put fills it, drop this. STALE: say so."""
 
     kind: str
     digest: bytes = b""
@@ -201,7 +202,7 @@ class LoanLedger:
         times += [peer.recall_at for peer in self._peers.values()]
         return min(times, default=math.inf)
 
-    # -- reads and writes of slots: called by servicer threads, under the lock -------------------------------------------
+    # -- reads and writes of slots: called by servicer threads, under the lock ---------------------------------------
 
     def pin(self, ref: Ref) -> bool:
         """Start to read a slot. False: the ref is stale, do not touch it. Each True needs one `unpin`."""
@@ -240,7 +241,7 @@ class LoanLedger:
         slot = self._find(ref)
         return slot.span if slot is not None and slot.state in (SEALED, RECALLED) else None
 
-    # -- counts ------------------------------------------------------------------------------------------------------------
+    # -- counts ------------------------------------------------------------------------------------------------------
 
     @property
     def num_lent(self) -> int:
@@ -295,7 +296,8 @@ class LoanLedger:
             if loan.over_at == math.inf:
                 wrong.append(f"BOUNDED: loan {loan.number} has no term")
         for number, slot in self._lent.items():
-            wrong += [f"{law}: slot {number} {slot.ref} is {slot.state}: {what}" for law, what in self._wrong_with(slot, number)]
+            wrong += [f"{law}: slot {number} {slot.ref} is {slot.state}: {what}"
+                      for law, what in self._wrong_with(slot, number)]
         return wrong
 
     def _wrong_with(self, slot: LentSlot, number: int) -> list[tuple[str, str]]:
@@ -314,7 +316,7 @@ class LoanLedger:
             wrong.append(("BOUNDED", "recalled without a deadline"))
         return wrong
 
-    # -- messages ----------------------------------------------------------------------------------------------------------
+    # -- messages ----------------------------------------------------------------------------------------------------
 
     def _arrived(self, now: float, envelope: Envelope) -> None:
         message = envelope.message
@@ -338,7 +340,8 @@ class LoanLedger:
         if loan is None:
             code, retry_ms, room = self._room_for(now, message, sender)
             if not code:
-                loan = self._adopt(now, message, sender, room) if message.keys else self._open(now, message, sender, room)
+                lend = self._adopt if message.keys else self._open
+                loan = lend(now, message, sender, room)
                 code = "" if loan is not None else ABSENT if message.keys else FULL
                 retry_ms = RETRY_MS.get(code, 0)
             if loan is None:
@@ -394,7 +397,7 @@ class LoanLedger:
         for loan in list(self._loans.get(sender, {}).values()):
             if loan.number in keep:
                 loan.over_at = now + self.timings.term_s
-            elif loan.number <= message.upto:                # a higher one is younger than this Renew, which overtook its Borrow
+            elif loan.number <= message.upto:                # a higher one is younger than this Renew
                 self._revoke_loan(now, loan, "not_kept")
         self._send(sender, Renewed(message.no, _ms(self.timings.term_s), tuple(self.live_refs(sender))))
 
@@ -408,7 +411,7 @@ class LoanLedger:
     def _other_boot(self, now: float, message: OtherBoot, _sender: Boot) -> None:
         self._peer_gone(now, PeerGone(message.asked), self.boot)
 
-    # -- the driver's events -------------------------------------------------------------------------------------------------
+    # -- the driver's events -----------------------------------------------------------------------------------------
 
     def _put_bytes(self, now: float, event: PutBytes, _sender: Boot) -> None:
         slot = self._find(event.ref)
@@ -434,19 +437,25 @@ class LoanLedger:
             if slot.bad_puts == 2:
                 self._revoke(now, slot, "digest")
 
+    def _tainted(self, now: float, event: Tainted, _sender: Boot) -> None:
+        slot = self._find(event.ref)
+        if slot is not None and slot.state in (SEALED, RECALLED):
+            slot.adopted = False                             # it would be cached again
+            self._say_stale(now, slot, "tainted")
+
     def _need(self, now: float, event: Need, _sender: Boot) -> None:
         within = self.timings.recall_urgent_s if event.urgent else self.timings.recall_calm_s
-        younger = sorted((loan for loan in self._all_loans() if loan.age > event.age), key=lambda l: l.age, reverse=True)
+        younger = [loan for loan in self._youngest_first() if loan.age > event.age]                  # law 8
         self._recall_some(now, event.slots, younger, NEED, within)
 
     def _homecoming(self, now: float, event: Homecoming, _sender: Boot) -> None:
-        youngest_first = sorted(self._all_loans(), key=lambda loan: loan.age, reverse=True)
-        self._recall_some(now, event.slots, youngest_first, HOME, self.timings.recall_calm_s)
+        self._recall_some(now, event.slots, self._youngest_first(), HOME, self.timings.recall_calm_s)
 
     def _drain(self, now: float, event: Drain, _sender: Boot) -> None:
         self.draining = event.on
         if event.on:
-            self._recall(now, [s for s in self._lent.values() if s.state in (HELD, SEALED)], DRAIN, self.timings.recall_drain_s)
+            live = [slot for slot in self._lent.values() if slot.state in (HELD, SEALED)]
+            self._recall(now, live, DRAIN, self.timings.recall_drain_s)
 
     def _in_debt(self, now: float, event: InDebt, _sender: Boot) -> None:
         self.in_debt = event.owes
@@ -457,8 +466,7 @@ class LoanLedger:
 
     def _peer_gone(self, now: float, event: PeerGone, _sender: Boot) -> None:
         for loan in list(self._loans.get(event.boot, {}).values()):
-            self._revoke_loan(now, loan, "gone")
-        self._peers.pop(event.boot, None)
+            self._revoke_loan(now, loan, "gone")             # should it live after all, it may borrow again at once
 
     def _tick(self, now: float, _event: Tick, _sender: Boot) -> None:
         for loan in [loan for loan in self._all_loans() if loan.over_at <= now]:
@@ -483,6 +491,7 @@ class LoanLedger:
         OtherBoot: _other_boot,
         PutBytes: _put_bytes,
         PutEnded: _put_ended,
+        Tainted: _tainted,
         Need: _need,
         Homecoming: _homecoming,
         Drain: _drain,
@@ -491,7 +500,7 @@ class LoanLedger:
         Tick: _tick,
     }
 
-    # -- recalls -----------------------------------------------------------------------------------------------------------
+    # -- recalls -----------------------------------------------------------------------------------------------------
 
     def _recall_some(self, now: float, number: int, loans: list[OpenLoan], why: str, within_s: float) -> None:
         """See to it that `number` slots are on their way, taking more from `loans` in their order; hasten slow ones."""
@@ -529,7 +538,7 @@ class LoanLedger:
             self._send(boot, Recall(tuple(slot.ref for slot in slots), _ms(within_s), why))
         peer.recall_at = now + self.timings.recall_repeat_s if asked else math.inf
 
-    # -- the life of a slot ------------------------------------------------------------------------------------------------
+    # -- the life of a slot ------------------------------------------------------------------------------------------
 
     def _find(self, ref: Ref) -> LentSlot | None:
         slot = self._lent.get(ref.slot)
@@ -588,6 +597,9 @@ class LoanLedger:
 
     def _all_loans(self) -> list[OpenLoan]:
         return [loan for loans in self._loans.values() for loan in loans.values()]
+
+    def _youngest_first(self) -> list[OpenLoan]:
+        return sorted(self._all_loans(), key=lambda loan: loan.age, reverse=True)
 
     def _node(self, boot: Boot) -> str:
         return self._peers[boot].node if boot in self._peers else boot[:4].hex()

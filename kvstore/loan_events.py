@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from kvbank.kvstore.layout import BlockKey, Boot
 from kvbank.kvstore.messages import Age, BadDigest, Envelope, KeptSpan, Message, Ref, Sealed, Stale
 
-# -- both cores ----------------------------------------------------------------------------------------------------------
+# -- both cores ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True, frozen=True)
@@ -22,7 +22,7 @@ class Tick:
 
 @dataclass(slots=True, frozen=True)
 class PeerGone:
-    """Event: that life of a peer is over: another boot answers at its address, or it refused three connects within 1 s."""
+    """Event: that life of a peer is over: another boot answers at its address, or it refused 3 connects within 1 s."""
 
     boot: Boot
 
@@ -52,7 +52,7 @@ class Avoid:
     until: float
 
 
-# -- LoanLedger ----------------------------------------------------------------------------------------------------------
+# -- LoanLedger ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True, frozen=True)
@@ -64,7 +64,7 @@ class PutBytes:
 
 @dataclass(slots=True, frozen=True)
 class PutEnded:
-    """Event: a Put that `begin_put` let through is over. `got`: digest of the bytes in the slot; None: it was cut short."""
+    """Event: a Put that `begin_put` let through is over. got: digest of the bytes in the slot; None: it was cut."""
 
     ref: Ref
     span: KeptSpan | None
@@ -72,8 +72,15 @@ class PutEnded:
 
 
 @dataclass(slots=True, frozen=True)
+class Tainted:
+    """Event: the bytes of a sealed slot are not those that were sealed: nobody may read them, or cache them, any more."""
+
+    ref: Ref
+
+
+@dataclass(slots=True, frozen=True)
 class Need:
-    """Event: a job of this age wants `slots` lent slots on their way back. Safe to repeat: counts those already coming."""
+    """Event: a job of this age wants `slots` lent slots on their way back. Safe to repeat: counts those coming."""
 
     slots: int
     age: Age
@@ -103,22 +110,26 @@ class Answer:
 
 @dataclass(slots=True, frozen=True)
 class Revoked:
-    """Effect, for log and audit: the ref has ended. why: settled | recall | recall_over | not_kept | term | fill | digest | gone."""
+    """Effect, for log and audit: the ref has ended.
+
+    why: settled | recall (it was HELD) | recall_over | not_kept | term | fill | digest | gone | tainted.
+    """
 
     ref: Ref
     why: str
 
 
-LedgerEvent = Envelope | Tick | PeerGone | InDebt | PutBytes | PutEnded | Need | Homecoming | Drain
+LedgerEvent = Envelope | Tick | PeerGone | InDebt | PutBytes | PutEnded | Tainted | Need | Homecoming | Drain
 LedgerEffect = Send | Answer | Revoked | Avoid
 
 
-# -- DebtBook: events ----------------------------------------------------------------------------------------------------
+# -- DebtBook: events ------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True, frozen=True)
 class Want:
-    """Move these spans to a lender: full, digestible, LOCAL; or REMOTE or RETURNING, to move them on. Candidates in order."""
+    """Move these full spans to the first lender that has room: from LOCAL, or on from REMOTE. Ends, for each uid, with
+    Moved, or BackToLocal (StayedRemote). A uid that is on its way already, anywhere, is left alone."""
 
     lenders: tuple[Boot, ...]
     uids: tuple[int, ...]
@@ -140,7 +151,7 @@ class Adopt:
 
 @dataclass(slots=True, frozen=True)
 class PutDone:
-    """The lender answered Sealed. digest: over our own copy, before it was sent; sealed: the lender's, over what it placed."""
+    """The lender answered Sealed. digest: over our copy, before it was sent; sealed: over what the lender placed."""
 
     ref: Ref
     digest: bytes
@@ -166,7 +177,7 @@ class BringHome:
 
 @dataclass(slots=True, frozen=True)
 class CopyVerified:
-    """A fetched copy of the span is whole. digest: over the bytes where they lie now; the book compares it with Sealed's."""
+    """A fetched copy of the span is whole. digest: over the bytes where they lie now, compared with that of Sealed."""
 
     uid: int
     digest: bytes
@@ -182,7 +193,7 @@ class FetchFailed:
 
 @dataclass(slots=True, frozen=True)
 class NoLongerNeeded:
-    """No job needs the spans (they ended, or were dropped). Settled at the next step boundary; keep: worth caching there."""
+    """No job needs the spans (they ended, or were dropped): settled at the next boundary. keep: worth caching there."""
 
     uids: tuple[int, ...]
     keep: bool = True
@@ -213,12 +224,12 @@ BookEvent = (
 )
 
 
-# -- DebtBook: effects at any time (driver) ------------------------------------------------------------------------------
+# -- DebtBook: effects at any time (driver) --------------------------------------------------------------------------
 
 
 @dataclass(slots=True, frozen=True)
 class StartPut:
-    """Send the span's bytes to `ref`, then PutDone or PutFailed. Repeated while unanswered: ignore it if bytes still move.
+    """Send the span's bytes to `ref`, then PutDone or PutFailed. Repeated while unanswered: ignore it if bytes move.
 
     source None: from our own slot. Else: fetch from `source` into bounded staging, check `digest`, send that.
     """
@@ -231,7 +242,7 @@ class StartPut:
 
 @dataclass(slots=True, frozen=True)
 class StartFetch:
-    """Fetch the span from `ref` to `to` (LOCAL | SPILLED), then CopyVerified or FetchFailed. Repeated while unanswered."""
+    """Fetch the span from `ref` to `to` (LOCAL | SPILLED), then CopyVerified or FetchFailed. Repeated like StartPut."""
 
     uid: int
     ref: Ref
@@ -251,12 +262,13 @@ class FlipsWaiting:
     """Something waits for a StepBoundary: wake an idle engine."""
 
 
-# -- DebtBook: effects for the engine, at any time ---------------------------------------------------------------------------
+# -- DebtBook: effects for the engine, at any time -------------------------------------------------------------------
 
 
 @dataclass(slots=True, frozen=True)
 class BackToLocal:
-    """The span is not lent after all: it was, and is, read locally. reason: a Refuse code, or nobody | give_up | stale | ..."""
+    """The span is not lent after all: it was, and is, read locally. reason: a Refuse code, or nobody (no candidate) |
+    avoided | give_up | stale | missing | recall | refused | digest | silent | gone."""
 
     uid: int
     reason: str
@@ -272,9 +284,10 @@ class StayedRemote:
 
 @dataclass(slots=True, frozen=True)
 class MustReturn:
-    """The lender wants the slot back. Climb: BringHome(LOCAL) | Want(another lender) | BringHome(SPILLED), park | NoLongerNeeded.
+    """The lender wants the slot back: climb the RETURN rungs, that is
+    BringHome(LOCAL) | Want(another lender) | BringHome(SPILLED) and park | NoLongerNeeded.
 
-    Left alone, the span is Lost after `within_s`. Sent again when an attempt failed and time is left.
+    Left alone, the span is Lost `within_s` from now (80 % of the recall's time). Sent again when an attempt failed.
     """
 
     uid: int
@@ -284,14 +297,14 @@ class MustReturn:
 
 @dataclass(slots=True, frozen=True)
 class AdoptFailed:
-    """reason: a Refuse code, or nobody | give_up | gone | ..."""
+    """reason: a Refuse code (ABSENT: not idle there), or one of BackToLocal's."""
 
     uid: int
     key: BlockKey
     reason: str
 
 
-# -- DebtBook: flips, only in the list that a StepBoundary returns ------------------------------------------------------------
+# -- DebtBook: flips, only in the list that a StepBoundary returns ---------------------------------------------------
 
 
 @dataclass(slots=True, frozen=True)
@@ -323,8 +336,8 @@ class CameHome:
 
 @dataclass(slots=True, frozen=True)
 class Lost:
-    """The span's bytes are gone: make a hole. reason: stale | missing | recall | silent | gone | tainted (wrong bytes may
-    have been used: drop everything after it too)."""
+    """The span's bytes are gone: make a hole. reason: stale | missing | recall | silent | gone | tainted (wrong bytes
+    may have been used: drop everything after it too)."""
 
     uid: int
     ref: Ref
@@ -333,12 +346,12 @@ class Lost:
 
 @dataclass(slots=True, frozen=True)
 class Gone:
-    """NoLongerNeeded was done; the uid is forgotten."""
+    """NoLongerNeeded was done; the uid is forgotten. At once for a span that was not lent yet."""
 
     uid: int
 
 
 BookEffect = (
-    Send | InDebt | StartPut | StartFetch | ProbePeer | FlipsWaiting | BackToLocal | StayedRemote | MustReturn | AdoptFailed
-    | Moved | Adopted | CameHome | Lost | Gone
+    Send | InDebt | StartPut | StartFetch | ProbePeer | FlipsWaiting | BackToLocal | StayedRemote | MustReturn
+    | AdoptFailed | Moved | Adopted | CameHome | Lost | Gone
 )

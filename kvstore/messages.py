@@ -25,7 +25,8 @@ Age = tuple[float, str]                # (admission stamp, job id): the smaller 
 
 @dataclass(slots=True, frozen=True)
 class Ref:
-    """Full name of a promise: this slot, of this life of the lender, for this loan. One that does not match exactly is stale."""
+    """Full name of a promise: this slot, of this life of the lender, for this loan. One that does not match exactly is
+    stale."""
 
     lender_boot: Boot
     borrower_boot: Boot
@@ -78,7 +79,7 @@ def fit(mine: Compat, theirs: Compat) -> Fit:
     return Fit(ATTEND)
 
 
-# -- session stream: protobuf, one stream per pair -----------------------------------------------------------------------
+# -- session stream: protobuf, one stream per pair -------------------------------------------------------------------
 
 
 @dataclass(slots=True, frozen=True)
@@ -188,7 +189,7 @@ FOR_LENDER: tuple[type, ...] = (Hello, Borrow, Renew, Settle, OtherBoot)        
 FOR_BORROWER: tuple[type, ...] = (HelloAck, Grant, Refuse, Renewed, Settled, Recall, Stale, OtherBoot)
 
 
-# -- bulk stream: raw bytes behind a fixed header ------------------------------------------------------------------------
+# -- bulk stream: raw bytes behind a fixed header --------------------------------------------------------------------
 
 
 @dataclass(slots=True, frozen=True)

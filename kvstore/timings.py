@@ -1,6 +1,5 @@
-"""LoanTimings: every duration of the loan protocol, in one place. Seconds on one's own monotonic clock, never compared across nodes.
-
-Safety never rests on them (names and pins do); they only decide when to give up.
+"""LoanTimings: every duration of the loan protocol, in one place. Seconds on one's own monotonic clock, never compared
+across nodes. Safety never rests on them (names and pins do); they only decide when to give up.
 """
 
 from __future__ import annotations
@@ -37,8 +36,10 @@ class LoanTimings:
 
     def __post_init__(self) -> None:
         if not 0 < 2 * self.renew_s <= self.term_s:
-            raise ConfigError(f"renew_s {self.renew_s} must be at most half of term_s {self.term_s}: one lost Renew ends loans")
+            raise ConfigError(
+                f"renew_s {self.renew_s} must be at most half of term_s {self.term_s}: else one lost Renew ends loans")
         if not 0 < self.borrow_retry_s <= self.borrow_give_up_s:
-            raise ConfigError(f"borrow_retry_s {self.borrow_retry_s} must not exceed borrow_give_up_s {self.borrow_give_up_s}")
+            raise ConfigError(
+                f"borrow_retry_s {self.borrow_retry_s} must not exceed borrow_give_up_s {self.borrow_give_up_s}")
         if not 0 < self.put_retry_s <= self.put_give_up_s:
             raise ConfigError(f"put_retry_s {self.put_retry_s} must not exceed put_give_up_s {self.put_give_up_s}")

@@ -39,6 +39,7 @@ class Odds:
     late: float                        # share of messages that take up to 10 s
     pause: float                       # of the actions
     restart: float
+    garbled: float                     # Puts whose bytes change on the way
 
 
 class Pool:
@@ -301,7 +302,7 @@ class Member:
 
     def put(self, ref: m.Ref, key: BlockKey, content: str) -> None:
         span = m.KeptSpan((key,), b"", digest_of(content))
-        garbled = content if self.world.rng.random() > 0.03 else content + "?"
+        garbled = content if self.world.rng.random() >= self.world.odds.garbled else content + "?"
         self.world.bulk(ref, Member.serve_put, self, ref, span, garbled)
 
     def relayed(self, ref: m.Ref, digest: bytes, uid: int, content: str | None) -> None:
@@ -387,7 +388,7 @@ class World:
         self.healed = False
         self.odds = Odds(lost=rng.choice([0, 0.02, 0.1, 0.25]), doubled=rng.choice([0, 0.05, 0.2]),
                          late=rng.choice([0, 0.02, 0.1]), pause=rng.choice([0, 0.01, 0.03]),
-                         restart=rng.choice([0, 0.005, 0.02]))
+                         restart=rng.choice([0, 0.005, 0.02]), garbled=rng.choice([0, 0.03, 0.4]))
         self.timings = LoanTimings(quarantine_s=rng.choice([0.5, 2.0, 10.0]))
         self.names = [f"{owner}{i}".ljust(32).encode() for owner in "AB" for i in range(4)]
         slots = rng.randint(2, 6)
