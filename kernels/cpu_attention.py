@@ -29,6 +29,7 @@ from kvbank.kernels.segments import Geometry, Pairs, runs_of_equal
 PAD_ROWS = 8                                 # the row count that makes bits independent of how many rows there are
 LONG_RUN = 8                                 # adjacent slots from which reading in place always beats copying
 TILE_BYTES = 8 << 20                         # most that is copied for one call: what stays in the cache
+MASK_ROWS = 16                               # rows of a slot up to which a mask that says nothing is free
 COPY_BYTES = 4 << 20                         # a run this long is copied too when one thread works: see above
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -96,7 +97,8 @@ class PairBatch:
         self._pad = pad
         by_slot = pairs.slot.argsort(kind="stable")
         slots, begins, rows = runs_of_equal(pairs.slot[by_slot])
-        groups = _groups(slots, rows)
+        partly = (pairs.start[by_slot] > 0) | (pairs.stop[by_slot] < geometry.span_tokens)
+        groups = _groups(slots, rows, np.logical_or.reduceat(partly, begins) & (rows > MASK_ROWS))
         if len(groups) > 1:
             order = np.concatenate([group for group, _ in groups])       # slots in the order of calls
             by_slot = np.concatenate([by_slot[begins[i] : begins[i] + rows[i]] for i in order])
@@ -112,7 +114,7 @@ class PairBatch:
         self._buffer: Tensor | None = None
 
     def run(self, q: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """q [T, H, d], kv [num_slots, 2, Hk, S, d] -> out [P, G, Hk, d] and lse [P, G, Hk], float32."""
+        """q [T, H, d], kv [num_slots, 2, Hk, S, d] -> out [P, H, d] and lse [P, H], float32."""
         parts: list[tuple[Tensor, Tensor]] = []
         slot_bytes = kv.stride(1) * 2 * kv.itemsize
         for call in self._calls:
@@ -148,13 +150,13 @@ class PairBatch:
         if twice:
             query, keys, values = (x.expand(2, -1, -1, -1) for x in (query, keys, values))
         out, lse = flash(query, keys, values, 0.0, False, attn_mask=mask, scale=scale)
-        out, lse = out.transpose(1, 2), lse.transpose(1, 2)              # contiguous: [n, padded*G, Hk, d]
         if twice:
             out, lse = out[:1], lse[:1]
-        if call.padded != call.rows:
-            out, lse = out[:, : call.rows * group], lse[:, : call.rows * group]
-        shape = (num * call.rows, group, heads)
-        return out.reshape(*shape, dim).float(), lse.reshape(shape)
+        if call.padded > 1:                                              # [n, Hk, padded*G] -> [n, M, Hk, G]
+            out = out.view(num, heads, call.padded, group, dim)[:, :, : call.rows].transpose(1, 2)
+            lse = lse.unflatten(2, (call.padded, group))[:, :, : call.rows].transpose(1, 2)
+        pairs = num * call.rows
+        return out.reshape(pairs, heads * group, dim).float(), lse.reshape(pairs, heads * group)
 
     def _room(self, kv: Tensor) -> Tensor:
         """The buffer for copied slots, shared by the calls of a plan and by all layers."""
@@ -184,16 +186,20 @@ class PairBatch:
         return Call(slots, adjacent, rows, padded, query, shared, mask, {})
 
 
-def _groups(slots: np.ndarray, rows: np.ndarray) -> list[tuple[np.ndarray, bool]]:
-    """Which slots go in one call: (indices into `slots`, adjacent). A call's slots are read by equally many rows."""
-    cuts = (np.diff(slots) != 1) | (np.diff(rows) != 0)
+def _groups(slots: np.ndarray, rows: np.ndarray, masked: np.ndarray) -> list[tuple[np.ndarray, bool]]:
+    """Which slots go in one call: (indices into `slots`, adjacent).
+
+    A call's slots are read by equally many rows, and all of them or none need a large mask.
+    """
+    kind = 2 * rows + masked
+    cuts = (np.diff(slots) != 1) | (np.diff(kind) != 0)
     edges = [0, *(cuts.nonzero()[0] + 1).tolist(), len(slots)]
     runs = [np.arange(a, b) for a, b in pairwise(edges)]
     groups = [(run, True) for run in runs if len(run) >= LONG_RUN]
     short: dict[int, list[np.ndarray]] = {}
     for run in runs:
         if len(run) < LONG_RUN:
-            short.setdefault(int(rows[run[0]]), []).append(run)
+            short.setdefault(int(kind[run[0]]), []).append(run)
     for same in short.values():
         groups += [(run, True) for run in same] if len(same) <= 2 else [(np.concatenate(same), False)]
     return groups

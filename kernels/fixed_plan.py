@@ -47,7 +47,7 @@ class FixedPlan:
             for level in self._levels:
                 if level.left is not None and level.right is not None:
                     rows = merge_pair(level.left.pick(rows), level.right.pick(rows))
-                nodes.update((node, _in_order((rows[0][part], rows[1][part]))) for node, part in level.nodes)
+                nodes.update((node, (rows[0][part], rows[1][part])) for node, part in level.nodes)
         return Partials(nodes=nodes)
 
 
@@ -81,8 +81,8 @@ class Pick:
             return out[self._slice], lse[self._slice]
         out, lse = out.index_select(0, self._index), lse.index_select(0, self._index)
         if self._absent is not None:
-            out.masked_fill_(self._absent[:, None, None, None], 0.0)
-            lse.masked_fill_(self._absent[:, None, None], float("-inf"))
+            out.masked_fill_(self._absent[:, None, None], 0.0)
+            lse.masked_fill_(self._absent[:, None], float("-inf"))
         return out, lse
 
 
@@ -104,9 +104,9 @@ class Stage:
                          for i, column in enumerate(grid) if column.max() >= 0]
 
     def run(self, q: Tensor, kv: Tensor, scale: float, nodes: dict[Node, Partial]) -> Partial | None:
-        """Adds single spans to `nodes`; returns the whole runs' rows, unit after unit, [rows, G, Hk, d]."""
+        """Adds single spans to `nodes`; returns the whole runs' rows, unit after unit, [rows, H, d]."""
         rows = self._batch.run(q, kv, scale)
-        nodes.update((node, _in_order(pick.pick(rows))) for node, pick in self._singles)
+        nodes.update((node, pick.pick(rows)) for node, pick in self._singles)
         return merge_run([pick.pick(rows) for pick in self._members]) if self.whole else None
 
 
@@ -192,9 +192,3 @@ def _whole_runs(segment: Segment) -> set[int]:
     indices = {index for index, _ in segment.spans}
     runs = {index // RUN_SPANS for index in indices}
     return {run for run in runs if all(run * RUN_SPANS + i in indices for i in range(RUN_SPANS))}
-
-
-def _in_order(partial: Partial) -> Partial:
-    """[rows, G, Hk, d] and [rows, G, Hk] -> [rows, H, d] and [rows, H], heads in q's order."""
-    out, lse = partial
-    return out.transpose(1, 2).flatten(1, 2), lse.transpose(1, 2).flatten(1, 2)

@@ -59,8 +59,9 @@ def merge_run(spans: Sequence[Partial]) -> Partial:
     shares = (weights / total.masked_fill(total == 0.0, 1.0))[..., None]
     out = spans[0][0] * shares[0]
     out += 0.0                                               # -0 + 0 = 0: else a blind part could change a zero's sign
+    term = torch.empty_like(out)                             # one buffer: fresh pages cost more than the product
     for (part, _), share in zip(spans[1:], shares[1:], strict=True):
-        out += part * share
+        out += torch.mul(part, share, out=term)
     return out, top + torch.log(total)
 
 

@@ -29,19 +29,18 @@ class RowMerge:
         self._table = None if in_order else torch.from_numpy(by_row).to(device)
 
     def run(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """out [P, G, Hk, d], lse [P, G, Hk] -> [R, H, d] and [R, H] for `rows`, heads in q's order."""
-        group, heads, dim = out.shape[1:]
+        """out [P, H, d], lse [P, H] -> [R, H, d] and [R, H] for `rows`."""
+        heads, dim = out.shape[1:]
         num, width = self._shape
         if self._ragged:
-            out = torch.cat([out, out.new_zeros(1, group, heads, dim)])
-            lse = torch.cat([lse, lse.new_full((1, group, heads), float("-inf"))])
+            out = torch.cat([out, out.new_zeros(1, heads, dim)])
+            lse = torch.cat([lse, lse.new_full((1, heads), float("-inf"))])
         if self._table is not None:
             out, lse = out.index_select(0, self._table), lse.index_select(0, self._table)
-        if width > 1:
-            lses = lse.view(num, width, group, heads)
-            weights = torch.softmax(lses, dim=1)
-            if self._may_be_blind:
-                weights = weights.nan_to_num(0.0)
-            out = (out.view(num, width, group, heads, dim) * weights.unsqueeze(-1)).sum(1)
-            lse = torch.logsumexp(lses, dim=1)
-        return out.transpose(1, 2).reshape(num, heads * group, dim), lse.transpose(1, 2).reshape(num, heads * group)
+        if width == 1:
+            return out, lse
+        lse = lse.view(num, width, heads)
+        weights = torch.softmax(lse, dim=1)
+        if self._may_be_blind:
+            weights = weights.nan_to_num(0.0)
+        return (out.view(num, width, heads, dim) * weights.unsqueeze(-1)).sum(1), torch.logsumexp(lse, dim=1)

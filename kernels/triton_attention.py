@@ -108,15 +108,15 @@ class Items:
         self._geometry = geometry
 
     def run(self, q: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """out [entries, 1, H, d] and lse [entries, 1, H], float32: a G of 1 and Hk of H for those who merge."""
+        """out [entries, H, d] and lse [entries, H], float32."""
         g, dim = self._geometry, q.shape[-1]
         assert kv.stride()[3:] == (dim, 1), "keys of one head lie one after the other"
         q = q.contiguous()
         entries = self._rows.shape[0]
         width, longest = (max(16, triton.next_power_of_2(n)) for n in (dim, g.span_tokens))
         keys = min(max(16, KEY_TILE_BYTES // (width * q.itemsize)), 64, longest)
-        out = torch.empty((entries, 1, g.heads, dim), dtype=torch.float32, device=q.device)
-        lse = torch.empty((entries, 1, g.heads), dtype=torch.float32, device=q.device)
+        out = torch.empty((entries, g.heads, dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty((entries, g.heads), dtype=torch.float32, device=q.device)
         _attend_items[(self._items.shape[0], g.kv_heads)](
             q, kv, self._items, self._rows, self._spans, out, lse, scale,
             q.stride(0), kv.stride(0), kv.stride(1), kv.stride(2), g.heads,
