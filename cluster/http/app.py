@@ -121,8 +121,7 @@ async def read_body(request: Request, limits: HttpLimits) -> dict[str, Any]:
         raise InvalidRequest(f"the body did not arrive within {limits.body_s:g} s") from None
     if too_big:
         raise BodyTooLarge(
-            f"the body is larger than {limits.body_bytes} bytes; send token ids or a shorter prompt, or raise "
-            "http.body_bytes"
+            f"the body is larger than {limits.body_bytes} bytes; send a shorter prompt, or raise http.max_body_bytes"
         )
     return parse_json(b"".join(parts))
 

@@ -8,7 +8,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ from kvbank.cluster.survey import Survey
 from kvbank.errors import ConfigError
 from kvbank.kvstore.hashing import block_keys, root_key
 from kvbank.kvstore.layout import Layout
+from kvbank.proto.control_pb2 import Member
 
 log = logging.getLogger(__name__)
 
 HEADERS_S = 10.0                     # a connection must send its first request's headers within this
 MAX_CONNECTIONS = 2048
+FRAME_BYTES = 8192                   # what a parked span takes on the host beside its KV, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,7 @@ class GatewaySettings:
     block_size: int = 16
     span_tokens: int = 128
     host_bytes: int = 0              # of each worker: a job may park spans there
+    lend_cap: float | None = None    # share of its slots a member lends; None: lenders all, models half
     host: str = "127.0.0.1"
     port: int = 0
     api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -64,8 +67,9 @@ class GatewaySettings:
         return cls(
             control=control, token=token, model=flat["model"], cache_secret=cache_secret, model_digest=model_digest,
             dtype=flat["dtype"], exactness=flat["exactness"], block_size=flat["block_size"],
-            span_tokens=flat["span_tokens"], host_bytes=flat["host_bytes"], host=flat["host"], port=flat["port"],
-            api_keys=dict(flat["api_keys"]), http=HttpLimits(body_bytes=flat["max_body_bytes"]),
+            span_tokens=flat["span_tokens"], host_bytes=flat["host_bytes"], lend_cap=flat["lend_cap"],
+            host=flat["host"], port=flat["port"], api_keys=dict(flat["api_keys"]),
+            http=HttpLimits(body_bytes=flat["max_body_bytes"]),
             limits=GatewayLimits(max_jobs=flat["max_jobs"], retained_s=flat["keep_jobs_s"]),
         )
 
@@ -110,7 +114,12 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
             return b"".join(block_keys(root, prompt, settings.block_size))
 
         def capacity() -> int | None:
-            return _capacity_tokens(roster, layout, settings.host_bytes, config.windows)
+            if config.windows and all(window is not None for window in config.windows):
+                return None                          # spans behind every window are let go: any length fits
+            return capacity_tokens(
+                [view.member for view in roster.members], span_tokens=settings.span_tokens,
+                host_bytes=settings.host_bytes, lend_cap=settings.lend_cap,
+            )
 
         gateway = Gateway(
             roster=roster, links=links, open_text=open_text, block_keys=keys, eos_ids=config.eos_ids,
@@ -130,23 +139,28 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
     return GatewayServer(assemble, host=settings.host, port=settings.port, open_door=not settings.api_keys)
 
 
-def _capacity_tokens(roster: Roster, layout: Layout, host_bytes: int, windows: tuple[int | None, ...]) -> int | None:
-    """Tokens one job could hold if everything were free: every slot that can take a span, and the host tier.
+def capacity_tokens(
+    members: Sequence[Member], *, span_tokens: int, host_bytes: int, lend_cap: float | None
+) -> int | None:
+    """Tokens that the best placed replica could hold for one job if everything else were idle; None: no replica yet.
 
-    An upper bound: what fits it may still be refused by the worker, which knows what it may borrow. None when a sliding
-    window lets spans go, so that any length fits.
+    Its own slots, what others may lend it, and its host tier. The worker asks the same question again with its own books:
+    this answer only comes before there is a job.
     """
-    if windows and all(window is not None for window in windows):
-        return None
-    slots: dict[str, int] = {}
-    shards = 1
-    for member in (view.member for view in roster.members):
-        slots[member.kind] = slots.get(member.kind, 0) + member.slots_total
-        shards = max(shards, member.shards)
-    if not slots.get("model"):
-        return None
-    spans = (slots["model"] + slots.get("lender", 0)) // shards + host_bytes // max(1, layout.slot_bytes // shards)
-    return spans * layout.span_tokens
+    best = None
+    for lead in members:
+        if lead.kind != "model" or lead.shard != 0:
+            continue
+        shards = max(1, lead.shards)
+        lendable = sum(
+            int(other.slots_total * ((1.0 if other.kind == "lender" else 0.5) if lend_cap is None else lend_cap))
+            for other in members
+            if other.slot_bytes >= lead.slot_bytes
+            and (other.kind == "lender" or (other.kind == "model" and other.replica != lead.replica))
+        )
+        parked = host_bytes // (lead.slot_bytes + FRAME_BYTES) if lead.slot_bytes else 0
+        best = max(best or 0, (lead.slots_total + lendable // shards + parked) * span_tokens)
+    return best
 
 
 @dataclass(frozen=True, slots=True)

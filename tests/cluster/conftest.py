@@ -45,6 +45,7 @@ class FakeWorker:
         self.hang_at: int | None = None                      # say nothing more from this token index on
         self.repeat = False                                  # send each token again, with the one before
         self.token_s = 0.0
+        self.tiers = ["host"]
         self.ended = threading.Event()                       # a stream was left by its gateway
         self._server = rpc.server(TOKEN, threads=16)
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("kvbank.Jobs", {
@@ -66,8 +67,8 @@ class FakeWorker:
     def _status(self, _request: pb.StatusRequest, _context: grpc.ServicerContext) -> pb.WorkerStatus:
         return pb.WorkerStatus(
             id=self.id, kind="model", pid=1, blocks_total=48, blocks_free=40, blocks_used=8,
-            tiers=[pb.TierStatus(name="host", bytes_used=10, bytes_limit=100, frames=1, state="ok",
-                                 counters={"hits": 2})],
+            tiers=[pb.TierStatus(name=name, bytes_used=10, bytes_limit=100, frames=1, state="ok", counters={"hits": 2})
+                   for name in self.tiers],
             loans=[pb.LoanStatus(id="loan-1", lender=self.id, borrower="worker-9", blocks=8, term_s=6, age_s=1)],
             counters={"forward_rows": 5},
         )
