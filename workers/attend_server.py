@@ -1,7 +1,8 @@
 """AttendServer: a lender computes partial attention on the slots it lent, for rows of somebody else's batch.
 
 One per member, with or without a model. Every message pins the refs it reads under the short lock of vault and ledger,
-computes without it, and unpins. A ref that is no longer good is listed as stale; the other items are answered.
+computes without it, and unpins. A ref that is no longer good is listed as stale; the other items are answered. With
+`verify` the pinned bytes are hashed again first, and what is not what was sealed is reported and stale: it is never used.
 
 One computation at a time: a member has one thread's worth of attention to give, and its own engine runs beside it.
 """
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 
 from kvbank.kernels.paged_attention import AttentionPlan, Segment, paged_attention, plan_attention
-from kvbank.kvstore.layout import Layout
+from kvbank.kvstore.layout import Layout, SlotId
+from kvbank.kvstore.transport import bulk
 from kvbank.kvstore.transport.hot import Attend, HotPlan, Layer, Partial, Want, unpack
 from kvbank.kvstore.vault import Arena
 
@@ -33,6 +35,12 @@ class Pins(Protocol):
 
     def unpin(self, borrower: bytes, refs: list[tuple[int, int, int]]) -> None: ...
 
+    def digest(self, borrower: bytes, ref: tuple[int, int, int]) -> bytes | None:
+        """What a pinned slot's bytes hashed to when they were sealed; None when the promise has ended since."""
+
+    def taint(self, borrower: bytes, ref: tuple[int, int, int]) -> None:
+        """A pinned slot's bytes are not those that were sealed: the promise is over, and nobody may cache them."""
+
 
 @dataclass(slots=True)
 class AttendCounters:
@@ -42,6 +50,7 @@ class AttendCounters:
     rows: int = 0
     layers: int = 0                          # layers of K and V handed out instead
     stale: int = 0
+    tainted: int = 0                         # refs whose bytes had changed; only found with `verify`
     bytes_in: int = 0
     bytes_out: int = 0
 
@@ -61,9 +70,11 @@ class _Stream:
 class AttendServer:
     """Serves the hot stream."""
 
-    def __init__(self, arena: Arena, pins: Pins, layout_of: Callable[[bytes], Layout | None]) -> None:
-        """layout_of: the layout a borrower (by boot) said Hello with; None for a stranger."""
-        self._arena, self._pins, self._layout_of = arena, pins, layout_of
+    def __init__(
+        self, arena: Arena, pins: Pins, layout_of: Callable[[bytes], Layout | None], *, verify: bool = False
+    ) -> None:
+        """layout_of: the layout a borrower (by boot) said Hello with; None for a stranger. verify: hash before each read."""
+        self._arena, self._pins, self._layout_of, self._verify = arena, pins, layout_of, verify
         self._compute = Lock()
         self.counters = AttendCounters()
 
@@ -76,6 +87,7 @@ class AttendServer:
         stream = _Stream(borrower, layout, self._arena.view(layout))
         for data in messages:
             message = unpack(data)
+            self.counters.bytes_in += len(data)
             if isinstance(message, HotPlan):
                 stream.plans[message.plan] = message
                 while len(stream.plans) > KEPT_PLANS:
@@ -85,7 +97,6 @@ class AttendServer:
                     answer = self._attend(stream, message).pack()
                 self.counters.calls += 1
                 self.counters.rows += len(message.positions)
-                self.counters.bytes_in += len(data)
                 self.counters.bytes_out += len(answer)
                 yield answer
             elif isinstance(message, Want):
@@ -100,7 +111,7 @@ class AttendServer:
         if plan is None:
             return Layer(message.plan, message.step, message.layer, np.full((1, 2), -1, np.int32), b"")
         refs = [ref[1:] for item in plan.items for ref in item.refs]
-        good = self._pins.pin(stream.borrower, refs)
+        good = self._pin(stream, refs)
         try:
             slots = torch.tensor([ref[1] for ref, ok in zip(refs, good, strict=True) if ok], device=self._arena.device)
             data = stream.slots[:, message.layer].index_select(0, slots).cpu().view(torch.uint8).numpy().tobytes()
@@ -114,7 +125,7 @@ class AttendServer:
         if plan is None:                       # forgotten: everything asked for is stale to this caller
             return Partial(message.plan, message.step, message.layer, empty, np.full((1, 2), -1, np.int32), b"", b"")
         refs = [ref[1:] for item in plan.items for ref in item.refs]
-        good = self._pins.pin(stream.borrower, refs)
+        good = self._pin(stream, refs)
         try:
             stale = self._stale(plan, good)
             nodes, out, lse = self._compute_partials(stream, plan, message, good)
@@ -122,6 +133,26 @@ class AttendServer:
             self._pins.unpin(stream.borrower, [ref for ref, ok in zip(refs, good, strict=True) if ok])
         self.counters.stale += len(stale)
         return Partial(message.plan, message.step, message.layer, nodes, stale, out, lse)
+
+    def _pin(self, stream: _Stream, refs: list[tuple[int, int, int]]) -> list[bool]:
+        """Which refs may be read; those are pinned."""
+        good = self._pins.pin(stream.borrower, refs)
+        if self._verify:
+            for number, ref in enumerate(refs):
+                if good[number] and not self._is_as_sealed(stream.borrower, ref):
+                    good[number] = False
+                    self._pins.unpin(stream.borrower, [ref])
+        return good
+
+    def _is_as_sealed(self, borrower: bytes, ref: tuple[int, int, int]) -> bool:
+        if (sealed := self._pins.digest(borrower, ref)) is None:
+            return False
+        data = self._arena.slot(SlotId(ref[1]), bulk.digested_bytes(sealed)).cpu().numpy()
+        if bulk.digest(memoryview(data)) == sealed:
+            return True
+        self.counters.tainted += 1
+        self._pins.taint(borrower, ref)
+        return False
 
     def _stale(self, plan: HotPlan, good: list[bool]) -> np.ndarray:
         pairs = [(number, ref[0]) for number, item in enumerate(plan.items) for ref in item.refs]

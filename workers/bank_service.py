@@ -40,11 +40,10 @@ class LedgerPins:
             for ref in refs:
                 self._ledger.unpin(self._ref(borrower, ref))
 
-    def digest(self, borrower: bytes, ref: tuple[int, int, int]) -> bytes:
+    def digest(self, borrower: bytes, ref: tuple[int, int, int]) -> bytes | None:
         with self._lock:                                 # type: ignore[attr-defined]
-            span = self._ledger.sealed_span(self._ref(borrower, ref))
-        assert span is not None, "a pinned slot lost its span"
-        return span.digest
+            span = self._ledger.span_of(self._ref(borrower, ref))
+        return None if span is None else span.digest
 
     def taint(self, borrower: bytes, ref: tuple[int, int, int]) -> None:
         self._banker.tell_ledger(Tainted(self._ref(borrower, ref)))

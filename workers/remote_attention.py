@@ -80,12 +80,14 @@ class _Part:
 class RemoteAttention:
     """Fills workers.attend.RemoteAttention. Engine thread only."""
 
-    def __init__(self, shape: AttentionShape, head_dim: int, lendings: Lendings) -> None:
+    def __init__(self, shape: AttentionShape, head_dim: int, lendings: Lendings, *, staging_spans: int = 16) -> None:
+        """staging_spans: K and V that may lie here at once, this layer's and the next one's, in whole spans."""
         self._shape, self._head_dim, self._lendings = shape, head_dim, lendings
         self.ship = "smaller"                # "query" | "kv": tests force one
         item = shape.dtype.itemsize
         self._query_bytes = shape.heads * (head_dim * (item + 4) + 4)                 # per row, there and back
         self._span_bytes = 2 * shape.kv_heads * shape.span_tokens * head_dim * item   # per layer
+        self._staged_layers = staging_spans * len(shape.windows) // 2                 # of single spans
         self._spans_per_part = max(1, PART_BYTES // self._span_bytes)
         self._early: dict[tuple[str, int, int], Partial | Layer] = {}                 # (lender, plan, layer)
         row_bytes = shape.heads * head_dim * 4 + shape.heads * 4
@@ -105,10 +107,15 @@ class RemoteAttention:
         self._unplaced: dict[int, str] = {}
         self._early = {}
         self._parts = []
+        room = self._staged_layers
         for lender, pieces in self._by_lender(plan).items():
-            fetched = [piece for piece in pieces if self._fetches(plan.rows[piece[0]].num_rows, len(piece[2]))]
+            fetched, asked = [], []
+            for piece in pieces:
+                fits = len(piece[2]) <= room and self._fetches(plan.rows[piece[0]].num_rows, len(piece[2]))
+                room -= len(piece[2]) if fits else 0
+                (fetched if fits else asked).append(piece)
             self._parts += self._cut_spans(lender, fetched)
-            self._parts += self._cut(lender, [piece for piece in pieces if piece not in fetched], plan)
+            self._parts += self._cut(lender, asked, plan)
         for part in self._parts:
             self._announce(part)
 
@@ -123,9 +130,7 @@ class RemoteAttention:
                 continue
             rows = q if len(part.rows) == len(q) else q.index_select(0, part.rows)
             raw = rows.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes()
-            message = Attend(part.plan.plan, self._step, layer, window, part.positions, raw).pack()
-            self.bytes_sent += len(message)
-            self._send(part.lender, message)
+            self._send(part.lender, Attend(part.plan.plan, self._step, layer, window, part.positions, raw).pack())
 
     def receive(self, layer: int, lost: dict[int, str]) -> RemoteReply:
         reply = RemoteReply()
@@ -230,6 +235,7 @@ class RemoteAttention:
     def _send(self, lender: str, message: bytes) -> None:
         if lender in self._broken:
             return
+        self.bytes_sent += len(message)
         try:
             self._lendings.stream(lender).send(message)
         except StreamBroken as error:

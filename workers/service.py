@@ -147,7 +147,8 @@ class Worker:
         self.banker = Banker(self.id, self.boot, self._compat(), self._links, self.vault.lock, time.monotonic,
                              ledger=self.ledger, book=book, data=data, on_engine=on_engine)
         pins = LedgerPins(self.banker, self.ledger, self.vault.lock)
-        self.attend = AttendServer(self.arena, pins, lambda borrower: layout_from(self.banker, borrower))
+        self.attend = AttendServer(self.arena, pins, lambda borrower: layout_from(self.banker, borrower),
+                                  verify=self._settings["verify_attend"])
         bank = BankService(self.banker, self.arena, self.attend, self.vault.lock)
         self._server.add_generic_rpc_handlers((bank.handlers(),))
 
@@ -258,7 +259,8 @@ class Worker:
     def _counters(self) -> dict[str, float]:
         attend = self.attend.counters
         counters = {"remote_attention_served": attend.calls, "remote_attention_rows": attend.rows,
-                    "attend_bytes_in": attend.bytes_in, "attend_bytes_out": attend.bytes_out, "attend_stale": attend.stale}
+                    "attend_bytes_in": attend.bytes_in, "attend_bytes_out": attend.bytes_out, "attend_stale": attend.stale,
+                    "attend_tainted": attend.tainted}
         with self.vault.lock:
             counters |= {f"ledger_{name}": value for name, value in self.ledger.counters.items()}
         return {name: float(value) for name, value in counters.items()}
