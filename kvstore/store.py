@@ -33,7 +33,7 @@ from kvbank.kvstore.hashing import TokenIds
 from kvbank.kvstore.layout import Layout
 from kvbank.kvstore.tiers.host_tier import HostTier
 from kvbank.kvstore.tiers.redis_tier import RedisTier
-from kvbank.kvstore.tiers.tier import TierStatus, TierUnavailable
+from kvbank.kvstore.tiers.tier import Tier, TierStatus, TierUnavailable
 from kvbank.kvstore.tiers.write_behind import WriteBehind
 
 MISS_REASONS = ("never_seen", "evicted", "integrity", "timeout", "tier_down", "over_limit")
@@ -67,6 +67,7 @@ class BlockStore:
                  write_behind_bytes: int = 64 << 20) -> None:
         self.layout = layout
         self._host, self._redis, self._secret = host, redis, secret
+        self._tiers: list[Tier] = [tier for tier in (host, redis) if tier is not None]
         self._behind = WriteBehind(redis, secret=secret, limit_bytes=write_behind_bytes, done=self._written) \
             if redis is not None else None
         self._lock = threading.Lock()          # of the two below
@@ -168,13 +169,12 @@ class BlockStore:
         with self._lock:
             counters = dict(self._counters)
         shelves = []
-        for tier in (self._host, self._redis):
-            if tier is not None:
-                status = tier.status()
-                extra = {"integrity": counters.get(f"integrity_{tier.name}", 0)}
-                if tier is self._redis and self._behind is not None:
-                    extra |= self._behind.counters()
-                shelves.append(replace(status, counters={**status.counters, **extra}))
+        for tier in self._tiers:
+            status = tier.status()
+            extra = {"integrity": counters.get(f"integrity_{status.name}", 0)}
+            if tier is self._redis and self._behind is not None:
+                extra |= self._behind.counters()
+            shelves.append(replace(status, counters={**status.counters, **extra}))
         return shelves
 
     def counters(self) -> dict[str, int]:
@@ -186,9 +186,8 @@ class BlockStore:
         """End the threads and give the memory back. What waits for Redis is dropped: `flush` first if it matters."""
         if self._behind is not None:
             self._behind.close()
-        for tier in (self._redis, self._host):
-            if tier is not None:
-                tier.close()
+        for tier in self._tiers:
+            tier.close()
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

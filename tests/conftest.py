@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from kvbank.errors import ConfigError
 from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis, find_server
@@ -13,6 +14,10 @@ from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis, find_server
 if TYPE_CHECKING:
     from kvbank.workers.models.config_reader import ModelConfig
     from kvbank.workers.models.decoder import Attend
+
+# A busy machine is no counterexample.
+settings.register_profile("kvbank", deadline=None)
+settings.load_profile("kvbank")
 
 
 @pytest.fixture(scope="session")
