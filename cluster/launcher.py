@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 RESTARTS = 5                                     # a member that dies more often than this has a reason that stays
 RESTARTS_WITHIN_S = 60.0
 RETRY_S = 1.0                                    # after a restart that failed
+REACH_S = 2.0                                    # for a Ray that we are to join to accept a connection
 LOOK_S = 0.25                                    # between two looks for dead members
 SHORT_PATH = 40                                  # Ray puts unix sockets below the temp folder; their paths are bounded
 
@@ -179,6 +180,8 @@ class LocalCluster:
             _check_port(http.host, http.port)
         if tiers.redis not in (None, "embedded"):
             probe(str(tiers.redis))
+        if cluster.launcher == "ray" and cluster.ray_address not in (None, "auto"):
+            _check_ray(str(cluster.ray_address))
         state = state_dir(self.settings)
         secret = tiers.cache_secret or load_secret(state).hex()
         self._progress("checking the model's files")
@@ -386,6 +389,16 @@ def _check_port(host: str, port: int) -> None:
         except OSError as error:
             raise ConfigError(f"http.port {port} on {host} cannot be had ({error.strerror}): is another program "
                               "listening there? Choose another port, or 0 for any") from error
+
+
+def _check_ray(address: str) -> None:
+    """Ray itself would try for three minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(f"cluster.ray_address {address}: no Ray to join there ({error}); give host:port of its head, "
+                          "or auto") from error
 
 
 def _temp_folder() -> Path:
