@@ -48,7 +48,8 @@ class FollowerWorker(Worker):
         self.book = DebtBook(self.boot, timings=self.timings)
         self.borrower = Borrower(self.arena, self.layout.slot_bytes, timings=self.timings, lenders=self.lenders,
                                  wake=lambda: self.follower.wake())
-        self.remote = RemoteAttention(self.parts.shape, self.layout.head_dim, self.borrower)
+        self.remote = RemoteAttention(self.parts.shape, self.layout.head_dim, self.borrower,
+                                      staging_spans=self.worker_config.staging_spans)
         self.parts.shard.attention.remote = self.remote
         self._open_bank(book=self.book, data=self.borrower, on_engine=self.borrower.from_banker)
         self.borrower.connect(self.banker)
