@@ -21,6 +21,7 @@ from kvbank.kvstore.layout import BlockKey
 from kvbank.proto import jobs_pb2 as pb
 from kvbank.workers.engine import Engine, EngineEvent, Failed, Finished, Token
 from kvbank.workers.sampler import SamplingParams
+from kvbank.workers.seams import BackendLost
 from kvbank.workers.sequence import JobSpec, Tally
 
 PROGRESS_S = 0.5
@@ -70,6 +71,8 @@ class JobsService:
         yield pb.SubmitReply(accepted=pb.Accepted(worker=self._id))
         try:
             yield from self._stream(waiting, spec, reasons)
+        except BackendLost as lost:                  # as if this worker had died: not a word about the job, so it goes on
+            context.abort(grpc.StatusCode.UNAVAILABLE, str(lost))
         finally:
             self._queues.pop(name, None)
 
@@ -116,6 +119,8 @@ class JobsService:
                 yield pb.SubmitReply(done=pb.Done(finish_reason=event.reason, receipt=self._receipt(event.tally, spec, outputs)))
                 return
             if isinstance(event, Failed):
+                if isinstance(event.error, BackendLost):
+                    raise event.error
                 receipt = self._receipt(event.tally, spec, outputs)
                 if isinstance(event.error, Cancelled) and reasons == ["stop"]:
                     yield pb.SubmitReply(done=pb.Done(finish_reason="stop", receipt=receipt))

@@ -64,3 +64,22 @@ def test_a_job_goes_on_elsewhere_when_a_shard_of_its_replica_is_killed(cluster, 
             ids += delta.token_ids
         assert ids == want.token_ids == job.result(timeout_s=60).token_ids
         quiet(client)
+
+
+def test_the_only_replica_comes_back_with_a_new_shard_and_the_stream_goes_on(cluster, big, text, quiet) -> None:
+    prompt = text(600, 4)
+    want = big.generate(prompt, max_tokens=200, ignore_eos=True)
+    town = cluster(workers=1, shards=2, lenders=0, device_blocks=512)
+    with Client(town.address) as client:
+        job = client.submit(prompt, max_tokens=200, ignore_eos=True)
+        ids: list[int] = []
+        stream = job.stream()
+        for delta in stream:
+            ids += delta.token_ids
+            if len(ids) >= 20:
+                break
+        os.kill(town.processes["worker-0.1"], signal.SIGKILL)
+        for delta in stream:
+            ids += delta.token_ids
+        assert ids == want.token_ids
+        quiet(client)
