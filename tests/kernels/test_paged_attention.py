@@ -192,3 +192,14 @@ def test_random_steps(seed, make_step, close) -> None:
     step = make_step(rows, kv_heads=kv_heads, group=group, dim=dim, span_tokens=size, window=window, seed=seed)
     for exactness in ("fast", "bitwise"):
         close(step.merged(exactness), step.oracle())
+
+
+@BOTH
+def test_queries_may_be_a_view_of_a_fused_projection(exactness, make_step, rows_of) -> None:
+    for rows in ([rows_of(700, 1, SCATTERED)], [rows_of(90, 1, [3]), rows_of(40, 1, [7])], [rows_of(300, 20, SCATTERED)]):
+        step = make_step(rows, group=3)
+        plain = step.merged(exactness)
+        step.q = torch.cat([step.q, torch.zeros_like(step.q)], dim=1)[:, : step.heads]
+        assert not step.q.is_contiguous() or len(step.q) == 1
+        again = step.merged(exactness)
+        assert torch.equal(again[0], plain[0]) and torch.equal(again[1], plain[1])
