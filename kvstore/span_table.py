@@ -42,7 +42,19 @@ class Span:
     moving: bool = False                  # a copy is under way (lend, return): do not move it again
     pinned: bool = False                  # may not be moved off the device (the engine writes into it)
     lender: str = ""                      # member id, when REMOTE
+    tail_blocks: int = 0                  # that many of its blocks end a prompt: whoever asks again knows no later key
     uid: int = field(default_factory=new_uid)
+
+    def prompt_tail(self) -> Span | None:
+        """The blocks that end a prompt, as a span over the same slot; None when the prompt ends with the span, or elsewhere.
+
+        A full span is stored and found under the key of its last block. Where that block holds an answer, only the
+        single blocks before it can be found by the same prompt again.
+        """
+        if not 0 < self.tail_blocks < len(self.keys):
+            return None
+        tokens = self.tokens[: len(self.tokens) // len(self.keys) * self.tail_blocks]
+        return Span(slot=self.slot, keys=self.keys[: self.tail_blocks], tokens=tokens, parent=self.parent)
 
 
 class Holes:

@@ -25,7 +25,7 @@ from kvbank.workers.engine import Engine
 from kvbank.workers.fetcher import TierFetcher
 from kvbank.workers.models.config_reader import ModelConfig, read_config
 from kvbank.workers.models.decoder import Decoder
-from kvbank.workers.seams import Bank
+from kvbank.workers.seams import Bank, spill_all
 from kvbank.workers.shard import LocalShard, Shelf
 from kvbank.workers.weights import load_weights
 
@@ -120,7 +120,7 @@ def build_engine(
     store = build_store(store_config, layout_of(model, config), secret, host=host) if store_config is not None else None
     parts = build_shard(config, host=host, shelf=store, model=model)
     vault = Vault(config.num_slots, blocks_per_span=parts.layout.blocks_per_span, lend_cap=lend_cap,
-                  on_evict=parts.shard.spill, on_scrub=parts.shard.scrub)
+                  on_evict=spill_all(parts.shard, parts.layout.blocks_per_span), on_scrub=parts.shard.scrub)
     woken = [lambda: None]
     fetcher = TierFetcher(
         store, parts.shard.load, staging_bytes=config.staging_spans * parts.layout.slot_bytes, wait_s=config.fetch_wait_s,

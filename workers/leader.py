@@ -21,7 +21,7 @@ from kvbank.workers.engine import Engine
 from kvbank.workers.fetcher import TierFetcher
 from kvbank.workers.models.config_reader import read_config
 from kvbank.workers.remote_attention import RemoteAttention
-from kvbank.workers.seams import Bank, Fetcher
+from kvbank.workers.seams import Bank, Fetcher, spill_all
 
 if TYPE_CHECKING:
     from kvbank.workers.service import ModelWorker, Worker
@@ -63,7 +63,7 @@ def build_leader(worker: ModelWorker) -> Leader:
         store, parts.shard.load, staging_bytes=config.staging_spans * layout.slot_bytes, wait_s=config.fetch_wait_s,
         clock=time.monotonic, wake=wake) if store else None
     vault = Vault(config.num_slots, blocks_per_span=parts.layout.blocks_per_span, lend_cap=worker.lend_cap(),
-                  on_evict=backend.spill, on_scrub=backend.scrub)
+                  on_evict=spill_all(backend, layout.blocks_per_span), on_scrub=backend.scrub)
     book = DebtBook(worker.boot, timings=worker.timings)
     borrower = Borrower(parts.arena, parts.layout.slot_bytes, timings=worker.timings, wake=wake, lenders=worker.lenders,
                         locate=worker.locate)

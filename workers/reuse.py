@@ -14,7 +14,7 @@ from collections.abc import Callable
 from kvbank.kvstore.hashing import block_keys
 from kvbank.kvstore.layout import BlockKey
 from kvbank.kvstore.prefix_index import Hit
-from kvbank.kvstore.span_table import HOST, LOCAL, REMOTE, Holes
+from kvbank.kvstore.span_table import HOST, LOCAL, REMOTE, Holes, Span
 from kvbank.kvstore.vault import Vault
 from kvbank.workers.seams import Backend, Bank, Fetcher
 from kvbank.workers.sequence import RUNNING, Sequence
@@ -149,6 +149,7 @@ class Reuse:
             span = seq.table.at(index)
             if span is None or span.place != LOCAL:
                 continue
+            self._note_tail(seq, index, span)
             while len(span.keys) < self._bps:
                 block = index * self._bps + len(span.keys)
                 first, last = block * self._block, (block + 1) * self._block
@@ -156,6 +157,12 @@ class Reuse:
                     break
                 parent = seq.keys[block - 1] if block else self._root_of(seq.job.tenant)
                 self._vault.index.publish(span, seq.keys[block], seq.token_bytes(first, last), parent)
+
+    def _note_tail(self, seq: Sequence, index: int, span: Span) -> None:
+        """The same prompt asked again can use this span's blocks up to the prompt's last one."""
+        usable = (seq.num_prompt - 1) // self._block
+        if index == usable // self._bps:
+            span.tail_blocks = max(span.tail_blocks, usable % self._bps)
 
     # -- the sources -------------------------------------------------------------------------------------------------
 

@@ -109,12 +109,18 @@ class Room:
     def _park(self, spans: list[Span]) -> bool:
         parked = 0
         for span in spans[: self._backend.parkable()]:
+            self._leave_tail(span)
             if not self._backend.park(span):
                 break
             self._vault.leave(span, HOST)
             self.parked[span.uid] = span
             parked += 1
         return parked > 0
+
+    def _leave_tail(self, span: Span) -> None:
+        """The span leaves the device under the key of its last block; its prompt's end must be found without that."""
+        if (tail := span.prompt_tail()) is not None:
+            self._backend.spill(tail)
 
     def _preempt_younger(self, seq: Sequence) -> bool:
         candidates = self._preemptable()
@@ -201,6 +207,7 @@ class Room:
             self._bank.settle([event.uid], keep=False)
             return
         span.moving = False
+        self._leave_tail(span)
         self._vault.leave(span, REMOTE)
         span.lender = event.lender
         self.away[span.uid] = span

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,6 +43,15 @@ class Backend(Protocol):
 
     def parkable(self) -> int:
         """How many more spans `park` would take now."""
+
+
+def spill_all(backend: Backend, blocks_per_span: int) -> Callable[[Span], None]:
+    """What a vault does with a span before it evicts it: its bytes go to the tiers under every key they may be asked for."""
+    def spill(span: Span) -> None:
+        backend.spill(span)
+        if len(span.keys) == blocks_per_span and (tail := span.prompt_tail()) is not None:
+            backend.spill(tail)
+    return spill
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ def flip(bank: Any, lender: Any) -> None:
     """One byte of one value, in the first slot that holds a sealed span: its exponent grows by eight."""
     refs = [ref for ref in bank.worker.book.refs().values() if ref.lender_boot == lender.boot]
     values = lender.arena.view(bank.worker.layout)[refs[0].slot, 0, 1]       # V of the first layer
-    heads, tokens, dim = values.shape
+    _, tokens, dim = values.shape
     at = int(values.abs().argmax())
     head, token, column = at // (tokens * dim), at // dim % tokens, at % dim
     raw = values.numpy()[head, token, column : column + 1].view("uint8")
@@ -93,20 +93,19 @@ def test_decode_bytes_from_lenders_are_at_most_twice_the_formula(town, prompt) -
     remote: RemoteAttention = bank.worker.remote
     layout, shape = bank.worker.layout, bank.worker.parts.shape
     before: dict[str, int] = {}
-    steps: list[tuple[int, int, int]] = []               # (bytes, queries, lenders) of each decode step
+    steps: list[tuple[int, int]] = []                    # (bytes, calls) of each decode step
 
     def measure() -> None:
         seqs = bank.worker.engine.jobs()
         now = {"bytes": remote.bytes_sent + remote.bytes_received, "calls": remote.calls}
         if seqs and seqs[0].num_output > 1 and before:
-            steps.append((now["bytes"] - before["bytes"], now["calls"] - before["calls"], 0))
+            steps.append((now["bytes"] - before["bytes"], now["calls"] - before["calls"]))
         before.update(now)
 
     got = bank.run(JobSpec(id="a", prompt=prompt(LENT_PROMPT), max_tokens=40, ignore_eos=True), each_step=measure)
     assert not got.errors and len(steps) >= 35
     per_call = shape.heads * layout.head_dim * (4 + 4)   # T = 1: one query there, one partial back
-    for moved, calls, _ in steps:
-        assert calls and calls % layout.layers == 0
+    assert all(calls and calls % layout.layers == 0 for _, calls in steps)
     moved, calls = sum(step[0] for step in steps), sum(step[1] for step in steps)
     assert calls / len(steps) / layout.layers >= 2, "the spans should be at several lenders"
     assert moved <= 2 * calls * per_call, f"{moved / calls:.0f} bytes a call, the formula says {per_call}"
