@@ -25,6 +25,7 @@ from kvbank.workers.batch import StepPlan
 PART_BYTES = 3 << 20                         # of queries or partials in one message
 
 Ref = tuple[int, int, int]                   # loan, slot, gen
+_Piece = tuple[int, dict[int, int], list[tuple[int, Ref]]]    # segment number, span index -> uid, (span index, ref)
 
 
 class StreamBroken(Exception):
@@ -109,7 +110,8 @@ class RemoteAttention:
         self._parts = []
         room = self._staged_layers
         for lender, pieces in self._by_lender(plan).items():
-            fetched, asked = [], []
+            fetched: list[_Piece] = []
+            asked: list[_Piece] = []
             for piece in pieces:
                 fits = len(piece[2]) <= room and self._fetches(plan.rows[piece[0]].num_rows, len(piece[2]))
                 room -= len(piece[2]) if fits else 0
@@ -153,9 +155,9 @@ class RemoteAttention:
 
     # -- grouping -------------------------------------------------------------------------------------------------------------
 
-    def _by_lender(self, plan: StepPlan) -> dict[str, list[tuple[int, dict[int, int], list[tuple[int, Ref]]]]]:
+    def _by_lender(self, plan: StepPlan) -> dict[str, list[_Piece]]:
         """lender -> (segment number, span index -> uid, [(span index, ref)]) of the segments that read its slots."""
-        found: dict[str, list[tuple[int, dict[int, int], list[tuple[int, Ref]]]]] = {}
+        found: dict[str, list[_Piece]] = {}
         for number, rows in enumerate(plan.rows):
             mine: dict[str, tuple[dict[int, int], list[tuple[int, Ref]]]] = {}
             for index, uid in rows.remote:
@@ -170,9 +172,7 @@ class RemoteAttention:
                 found.setdefault(lender, []).append((number, uids, refs))
         return found
 
-    def _cut(
-        self, lender: str, pieces: list[tuple[int, dict[int, int], list[tuple[int, Ref]]]], plan: StepPlan
-    ) -> Iterable[_Part]:
+    def _cut(self, lender: str, pieces: list[_Piece], plan: StepPlan) -> Iterable[_Part]:
         """Parts of at most `rows_per_part` rows; a long segment is cut at multiples of eight rows."""
         items: list[tuple[int, int, int, dict[int, int], list[tuple[int, Ref]]]] = []
         room = self._rows_per_part
@@ -193,7 +193,7 @@ class RemoteAttention:
             return self.ship == "kv"
         return rows * self._query_bytes > spans * self._span_bytes
 
-    def _cut_spans(self, lender: str, pieces: list[tuple[int, dict[int, int], list[tuple[int, Ref]]]]) -> Iterable[_Part]:
+    def _cut_spans(self, lender: str, pieces: list[_Piece]) -> Iterable[_Part]:
         """Parts of at most `spans_per_part` spans whose K and V are fetched."""
         empty = torch.zeros(0, dtype=torch.int64)
         for number, uids, refs in pieces:
