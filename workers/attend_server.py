@@ -147,8 +147,8 @@ class AttendServer:
     def _is_as_sealed(self, borrower: bytes, ref: tuple[int, int, int]) -> bool:
         if (sealed := self._pins.digest(borrower, ref)) is None:
             return False
-        data = memoryview(self._arena.slot(SlotId(ref[1]), bulk.digested_bytes(sealed)).cpu().numpy())
-        if bulk.digest(data) == sealed:
+        slot = self._arena.slot(SlotId(ref[1]), bulk.digested_bytes(sealed))
+        if bulk.digest(slot.cpu().numpy().data) == sealed:
             return True
         self.counters.tainted += 1
         self._pins.taint(borrower, ref)
