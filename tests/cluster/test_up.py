@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -64,3 +65,25 @@ def test_a_start_that_fails_tells_why_and_leaves_nothing(kvbank, tmp_path) -> No
     assert status == 1 and told["error"]["code"] == "model_error"
     assert not (tmp_path / "state" / "kvbank" / "clusters" / "default.json").exists()
     assert kvbank("status")[1]["error"]["code"] == "not_found"
+
+
+@pytest.mark.parametrize("moment", ["while it starts", "while it serves"])
+def test_ctrl_c_ends_a_cluster_in_the_foreground_whenever_it_comes(tmp_path: Path, moment: str) -> None:
+    model = str(write_random_model(tmp_path / "model", hidden_size=32, num_layers=1, heads=2, kv_heads=1))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(tmp_path / "state")}
+    state = tmp_path / "state" / "kvbank" / "clusters" / "mine.json"
+    command = [sys.executable, "-m", "kvbank", "up", "--json", "--name", "mine", "--model", model, "--workers", "1",
+               "--device-blocks", "64", "--redis", "embedded", "--launcher", "process"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env) as up:
+        ours = psutil.Process(up.pid)
+        if moment == "while it serves":
+            told = json.loads(up.stdout.readline())
+            assert told["name"] == "mine" and json.loads(state.read_text())["address"] == told["address"]
+        else:
+            while not ours.children(recursive=True):             # its members are on their way
+                assert up.poll() is None
+        children = ours.children(recursive=True)
+        up.send_signal(signal.SIGINT)
+        assert up.wait(timeout=60) == (0 if moment == "while it serves" else 130)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive and not state.exists()
