@@ -53,9 +53,11 @@ def planned(settings: Settings, *, tokens: int | None = None) -> Plan:
     lend_cap = settings.loans.lend_cap
     own_spans = vault.device_blocks // layout.blocks_per_span
     lender_spans = (vault.lender_blocks or vault.device_blocks) // layout.blocks_per_span
-    # Each shard of a borrower needs its own slots, so a lender's slots serve `shards` times fewer tokens.
+    # Each shard of a borrower needs its own slots, so a lender's slots serve `shards` times fewer tokens; and replicas of
+    # several shards lend nothing (docs/decisions/0008-shards-in-lockstep.md).
+    workers_lend = MODEL_LEND_CAP if lend_cap is None else lend_cap
     borrowable = (
-        int(own_spans * (MODEL_LEND_CAP if lend_cap is None else lend_cap)) * (cluster.workers - 1)
+        int(own_spans * (workers_lend if cluster.shards == 1 else 0)) * (cluster.workers - 1)
         + int(lender_spans * (LENDER_LEND_CAP if lend_cap is None else lend_cap)) * cluster.lenders // cluster.shards
     )
     host = settings.tiers.host_bytes * cluster.shards // layout.slot_bytes

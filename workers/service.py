@@ -74,12 +74,12 @@ def build_worker(config: Mapping[str, Any], line: ControlLine | None) -> Worker:
 
 
 def worker_config(config: Mapping[str, Any]) -> WorkerConfig:
-    """This member's own settings out of the cluster's."""
+    """This member's own settings out of the cluster's. A lender's slots are those of one shard, as its borrowers' are."""
     s = config["settings"]
     blocks = s["device_blocks"] if config["kind"] == "model" else s["lender_blocks"] or s["device_blocks"]
     names = ("model", "dtype", "exactness", "device", "block_size", "span_tokens", "prefill_chunk_tokens", "max_batch",
              "max_queue", "stall_s", "fetch_wait_s", "staging_spans")
-    return WorkerConfig(**{name: s[name] for name in names}, device_blocks=blocks, shards=config.get("shards", s["shards"]),
+    return WorkerConfig(**{name: s[name] for name in names}, device_blocks=blocks, shards=s["shards"],
                         shard=config.get("shard", 0))
 
 

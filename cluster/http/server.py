@@ -144,7 +144,7 @@ def capacity_tokens(
 ) -> int | None:
     """Tokens that the best placed replica could hold for one job if everything else were idle; None: no replica yet.
 
-    Its own slots, what others may lend it, and its host tier. The worker asks the same question again with its own books:
+    Its own slots, what others may lend it (replicas of several shards lend nothing), and its host tier. The worker asks the same question again with its own books:
     this answer only comes before there is a job.
     """
     best = None
@@ -156,7 +156,7 @@ def capacity_tokens(
             int(other.slots_total * ((1.0 if other.kind == "lender" else 0.5) if lend_cap is None else lend_cap))
             for other in members
             if other.slot_bytes >= lead.slot_bytes
-            and (other.kind == "lender" or (other.kind == "model" and other.replica != lead.replica))
+            and (other.kind == "lender" or (other.kind == "model" and other.replica != lead.replica and shards == 1))
         )
         parked = host_bytes // (lead.slot_bytes + FRAME_BYTES) if lead.slot_bytes else 0
         best = max(best or 0, (lead.slots_total + lendable // shards + parked) * span_tokens)

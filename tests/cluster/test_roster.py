@@ -173,5 +173,7 @@ def test_capacity_is_own_slots_what_others_lend_and_the_host() -> None:
     assert count(lend_cap=0.25) == (8 + 2 + 2) * 128
     assert count(host_bytes=3 * (8192 + 100)) == (20 + 3) * 128
     shards = [member(f"worker-{n}", replica=n // 2, shard=n % 2, shards=2) for n in range(4)]
+    assert capacity_tokens(shards, span_tokens=128, host_bytes=0, lend_cap=None) == 8 * 128
+    shards.append(member("lender-0", kind="lender"))          # a span takes a slot there for each shard
     assert capacity_tokens(shards, span_tokens=128, host_bytes=0, lend_cap=None) == (8 + 4) * 128
     assert capacity_tokens([], span_tokens=128, host_bytes=0, lend_cap=None) is None
