@@ -144,8 +144,8 @@ def capacity_tokens(
 ) -> int | None:
     """Tokens that the best placed replica could hold for one job if everything else were idle; None: no replica yet.
 
-    Its own slots, what others may lend it (replicas of several shards lend nothing), and its host tier. The worker asks the same question again with its own books:
-    this answer only comes before there is a job.
+    Its own slots, what others may lend it (replicas of several shards lend nothing), and its host tier. The worker asks
+    the same question again with its own books: this answer only comes before there is a job.
     """
     best = None
     for lead in members:
