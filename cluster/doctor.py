@@ -184,8 +184,18 @@ def _tiers() -> Iterator[Finding]:
             found = store.get(keys)
             right = sum(h.key in found and bytes(found[h.key].payload) == payload for h, payload in frames)
             sources = sorted({stored.source for stored in found.values()})
+            seen = _seen_by_redis_py(server.url)
         finally:
             store.close()
-    good = flushed and right == len(frames) and "redis" in sources
+    good = flushed and right == len(frames) == seen and "redis" in sources
     yield Finding("tiers", "good" if good else "bad",
-                  f"{right} of {len(frames)} spans came back byte for byte, from {' and '.join(sources) or 'nowhere'}")
+                  f"{right} of {len(frames)} spans came back byte for byte, from {' and '.join(sources) or 'nowhere'}; "
+                  f"redis-py counts {seen} in Redis")
+
+
+def _seen_by_redis_py(url: str) -> int:
+    """How many frames an independent client finds: ours could agree with itself and be wrong."""
+    import redis
+
+    with redis.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0) as witness:
+        return sum(witness.type(key) == b"string" for key in witness.scan_iter(match=b"kvb:*"))
