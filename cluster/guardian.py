@@ -62,15 +62,40 @@ class Guardian:
             self._process.stdin.flush()
 
 
-def marked(marker: str) -> list[int]:
-    """Processes of this user with the marker in their environment; empty where there is no /proc."""
+def marked(marker: str, folder: str = "") -> list[int]:
+    """Processes of this user with the marker in their environment; empty where there is no /proc.
+
+    Ray gives its processes new titles, which erases the beginning of their environment, at times with the marker. They
+    are known by a log that they write below `folder`.
+    """
     wanted, found = f"{MARKER}={marker}".encode(), []
     for name in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
         if name.isdigit() and int(name) != os.getpid():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
-                if wanted in file.read().split(b"\0"):
+            with contextlib.suppress(OSError):
+                if wanted in _read(name, "environ").split(b"\0") or (
+                    folder and _is_rays(_read(name, "cmdline")) and _writes_below(name, folder)
+                ):
                     found.append(int(name))
     return found
+
+
+def _read(pid: str, what: str) -> bytes:
+    with open(f"/proc/{pid}/{what}", "rb") as file:
+        return file.read()
+
+
+def _is_rays(command: bytes) -> bool:
+    return command.startswith(b"ray::") or b"/ray/" in command
+
+
+def _writes_below(pid: str, folder: str) -> bool:
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/fd/{number}").startswith(folder + "/"):
+                flags = next(line for line in _read(pid, f"fdinfo/{number}").splitlines() if line.startswith(b"flags"))
+                if int(flags.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY:       # a reader is somebody's `tail -f`
+                    return True
+    return False
 
 
 def _started(pid: int) -> str:
@@ -86,12 +111,12 @@ def _is_zombie(pid: int) -> bool:
     return True                      # no such process
 
 
-def _sweep(marker: str, folder: str, told: dict[int, str]) -> bool:
+def _sweep(marker: str, folder: str, told: dict[int, str], driver: int) -> bool:
     """Kill until nobody is left, then remove what they left. True when all is gone."""
     give_up = time.monotonic() + SWEEP_S
-    quiet_since = None
+    quiet_since, all_dead = None, False
     while (now := time.monotonic()) < give_up:
-        left = [pid for pid in marked(marker) if not _is_zombie(pid)]
+        left = [pid for pid in marked(marker, folder) if pid != driver and not _is_zombie(pid)]
         left += [p for p, since in told.items() if _started(p) == since and not _is_zombie(p) and p not in left]
         for pid in left:
             with contextlib.suppress(OSError):
@@ -99,7 +124,7 @@ def _sweep(marker: str, folder: str, told: dict[int, str]) -> bool:
                     os.killpg(pid, signal.SIGKILL)
                 os.kill(pid, signal.SIGKILL)
         quiet_since = None if left else quiet_since or now
-        if quiet_since is not None and now - quiet_since >= QUIET_S:
+        if all_dead := quiet_since is not None and now - quiet_since >= QUIET_S:
             break
         time.sleep(0.03)
     for name in os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []:
@@ -109,7 +134,7 @@ def _sweep(marker: str, folder: str, told: dict[int, str]) -> bool:
     for _ in range(20):              # a dying process may still be writing a last line into it
         shutil.rmtree(folder, ignore_errors=True)
         if not os.path.lexists(folder):
-            return not marked(marker)
+            return all_dead
         time.sleep(0.05)
     return False
 
@@ -130,7 +155,7 @@ def main() -> int:
         for word, pid, since in (line.decode().split() for line in lines):
             if word == "watch":
                 told[int(pid)] = since
-    return 0 if _sweep(marker, folder, told) else 1
+    return 0 if _sweep(marker, folder, told, driver) else 1
 
 
 if __name__ == "__main__":

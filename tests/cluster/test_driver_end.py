@@ -78,7 +78,7 @@ class Driver:
 
     def left(self) -> list[str]:
         """Everything of this run that is still there, in words."""
-        found = [f"process {pid}: {words}" for pid, words in tagged(self.tag)]
+        found = [f"process {pid}: {' '.join(words.split())}" for pid, words in tagged(self.tag, self.temp)]
         found += [f"in {at}: {names} {files}" for at, names, files in os.walk(self.temp) if names or files]
         new = set(os.listdir("/dev/shm")) - self.shared_before
         found += [f"shared memory {name}" for name in new if "kvbank" in name]
@@ -89,7 +89,7 @@ class Driver:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        for pid, _ in tagged(self.tag):
+        for pid, _ in tagged(self.tag, self.temp):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._reader.join()
@@ -99,20 +99,28 @@ class Driver:
         shutil.rmtree(self.temp, ignore_errors=True)
 
 
-def tagged(tag: str) -> list[tuple[int, str]]:
-    """Living processes with this run's tag in their environment."""
+def tagged(tag: str, temp: Path | None = None) -> list[tuple[int, str]]:
+    """Living processes with this run's tag in their environment, or with a file of its temp folder open."""
     wanted, found = f"{TAG}={tag}".encode(), []
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
         try:
-            if wanted not in Path(f"/proc/{name}/environ").read_bytes():
+            if wanted not in Path(f"/proc/{name}/environ").read_bytes() and not (temp and has_open(name, temp)):
                 continue
             if Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
                 found.append((int(name), Path(f"/proc/{name}/cmdline").read_text().replace("\0", " ")))
         except OSError:
             continue
     return found
+
+
+def has_open(pid: str, folder: Path) -> bool:
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/fd/{number}").startswith(f"{folder}/"):
+                return True
+    return False
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 
 import pytest
 
@@ -152,10 +153,10 @@ def sleeper() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Start processes that ignore every polite signal."""
     made: list[subprocess.Popen[bytes]] = []
 
-    def start(**environment: str) -> subprocess.Popen[bytes]:
+    def start(title: str = "python", keeps: IO[str] | None = None, **environment: str) -> subprocess.Popen[bytes]:
         program = "import signal, time; signal.signal(15, 1); signal.signal(2, 1); print(flush=True); time.sleep(600)"
-        made.append(subprocess.Popen([sys.executable, "-I", "-S", "-c", program], env=environment,
-                                     start_new_session=True, stdout=subprocess.PIPE))
+        made.append(subprocess.Popen([title, "-I", "-S", "-c", program], executable=sys.executable, env=environment,
+                                     start_new_session=True, stdout=subprocess.PIPE, stderr=keeps))
         assert made[-1].stdout.readline() == b"\n"
         return made[-1]
 
@@ -180,6 +181,19 @@ def test_a_guardian_ends_those_with_its_marker_and_those_it_was_told_and_nobody_
     assert other.poll() is None
     assert not folder.exists() and not shared.exists()
     assert guardian.close(), "twice is once"
+
+
+def test_a_guardian_finds_the_processes_whose_environment_ray_erased_and_spares_readers(tmp_path: Path, sleeper) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "raylet.out").write_text("")
+    guardian = Guardian(f"kvbank-{secrets.token_hex(6)}", str(folder))
+    with open(folder / "raylet.out", "a") as writing, open(folder / "raylet.out") as reading:
+        erased = sleeper(title="ray::Agent", keeps=writing)
+        tail, fork = sleeper(title="ray::Tail", keeps=reading), sleeper(title="python", keeps=writing)
+    assert guardian.close()
+    assert erased.wait(5.0) == -signal.SIGKILL
+    assert tail.poll() is None and fork.poll() is None, "a reader, and a child of the driver's own"
 
 
 def test_a_guardian_does_not_harm_a_later_process_with_an_old_id(tmp_path: Path, sleeper) -> None:
