@@ -141,6 +141,7 @@ class LenderView:
     changed_no: int = 0                       # the last Renew sent before the last loan or ref ended
     changed_at: float = -math.inf
     heard_at: float = -math.inf
+    gone: bool = False                        # that life is over, by all we know: nothing is said to it
 
 
 class DebtBook:
@@ -225,7 +226,7 @@ class DebtBook:
                     wrong.append(f"CONSERVED: loan {loan.number} is open and empty")
                 if loan.state == ASKED and loan.give_up_at == math.inf:
                     wrong.append(f"BOUNDED: loan {loan.number} is asked for ever")
-            if lender.loans and lender.renew_at == math.inf:
+            if lender.loans and lender.renew_at == math.inf and not lender.gone:
                 wrong.append(f"BOUNDED: {len(lender.loans)} loans are not renewed")
         wrong += [f"CONSERVED: flip of unknown span {uid}" for uid in self._flips if uid not in self._debts]
         if self._told.owes != self.owes:
@@ -258,6 +259,7 @@ class DebtBook:
                 asking.last_code = "avoided"
                 continue
             asking.asked += 1
+            lender.gone = False
             lender.drawn += 1
             give_up_at = min(now + self.timings.borrow_give_up_s, asking.deadline)
             loan = Loan(lender.drawn, ASKED, asking, now + self.timings.borrow_retry_s, give_up_at)
@@ -469,6 +471,9 @@ class DebtBook:
             return
         if (lender := self._lenders.get(envelope.from_boot)) is not None:
             lender.heard_at = now
+            if lender.gone:                                    # a false alarm, or a last word on its way
+                lender.gone = False
+                self._changed(now, lender)
         self.table[type(message)](self, now, message, envelope.from_boot)
 
     def _recall(self, now: float, message: Recall, sender: Boot) -> None:
@@ -503,6 +508,7 @@ class DebtBook:
 
     def _peer_gone(self, now: float, event: PeerGone, _sender: Boot) -> None:
         if (lender := self._lenders.get(event.boot)) is not None:
+            lender.gone, lender.renew_at = True, math.inf
             self._drop_lender(now, lender, "gone")
 
     def _attend_silent(self, now: float, event: AttendSilent, _sender: Boot) -> None:
@@ -689,7 +695,8 @@ class DebtBook:
     def _changed(self, now: float, lender: LenderView) -> None:
         """A loan or ref ended: go on renewing until the lender has seen it too."""
         lender.changed_no, lender.changed_at = lender.renew_no, now
-        lender.renew_at = min(lender.renew_at, now + self.timings.renew_s)
+        if not lender.gone:
+            lender.renew_at = min(lender.renew_at, now + self.timings.renew_s)
 
     def _settle_unknown(self, now: float, refs: tuple[Ref, ...], sender: Boot) -> None:
         """Promises that we do not hold, or not any more."""
@@ -699,7 +706,8 @@ class DebtBook:
                 self._changed(now, self._lender(sender))
 
     def _settle(self, ref: Ref, *, keep: bool = False) -> None:
-        self._settling.setdefault((ref.lender_boot, keep), []).append(ref)
+        if not self._lender(ref.lender_boot).gone:
+            self._settling.setdefault((ref.lender_boot, keep), []).append(ref)
 
     def _tell_debt(self) -> None:
         """Law 5: whoever owes, or asks, grants nothing. Passed on before any Send of the same list."""

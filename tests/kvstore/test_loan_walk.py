@@ -470,9 +470,9 @@ class World:
     def check_revoked(self, lender: Member, effect: ev.Revoked) -> None:
         """A Renew may only end what its borrower has ended itself."""
         borrower = self.at_address[effect.ref.borrower_boot]
-        if effect.why == "not_kept" and borrower.boot == effect.ref.borrower_boot:
-            if effect.ref.loan in borrower.book.loans_at(lender.boot):
-                self.breach(f"RENEW took a loan that its borrower keeps: {effect.ref}")
+        kept = borrower.book.loans_at(lender.boot) if borrower.boot == effect.ref.borrower_boot else {}
+        if effect.why == "not_kept" and effect.ref.loan in kept:
+            self.breach(f"RENEW took a loan that its borrower keeps: {effect.ref}")
         self.seen[f"revoked {effect.why}"] += 1
 
     def check_missing(self, before: list[m.Ref], book: DebtBook, effects: list[Any]) -> None:
