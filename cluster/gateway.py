@@ -152,9 +152,6 @@ class Gateway:
     def workers(self) -> list[Worker]:
         return self._roster.workers()
 
-    def by_wire_id(self) -> dict[str, Job]:
-        return {job.wire_id: job for job in self._jobs.values()}
-
     async def stop(self) -> None:
         """End every job as Unavailable and wait for their receipts, at most the grace period."""
         self._stopping = True

@@ -37,7 +37,7 @@ class Survey:
         self._told_at = 0.0
 
     async def told(self) -> dict[str, Any]:
-        """`{"workers": [...], "loans": [...], "tiers": [...], "worker_jobs": [...]}`, plain values."""
+        """`{"workers": [...], "loans": [...], "tiers": [...]}`, plain values. No job: jobs are their tenant's."""
         async with self._asking:
             if self._told is None or self._clock() - self._told_at > FRESH_S:
                 self._told = await self._ask()
@@ -51,9 +51,8 @@ class Survey:
         workers = [self._worker(view, answer) for view, answer in zip(views, answers, strict=True)]
         workers.sort(key=lambda w: (w["kind"] != "model", w["replica"], w["shard"], w["id"]))
         loans = {loan.id: _loan(loan) for answer in answers if answer for loan in answer.loans}
-        jobs = [_job(job, answer.id) for answer in answers if answer for job in answer.jobs]
         return {"workers": workers, "loans": sorted(loans.values(), key=lambda loan: loan["id"]),
-                "tiers": _merged_tiers(workers), "worker_jobs": jobs}
+                "tiers": _merged_tiers(workers)}
 
     async def _ask_one(self, view: MemberView) -> jobs_pb2.WorkerStatus | None:
         if view.silent_s >= SILENT_S:
@@ -106,8 +105,3 @@ def _merged_tiers(workers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _loan(loan: jobs_pb2.LoanStatus) -> dict[str, Any]:
     return {"id": loan.id, "lender": loan.lender, "borrower": loan.borrower, "blocks": loan.blocks,
             "term_s": loan.term_s, "age_s": loan.age_s}
-
-
-def _job(job: jobs_pb2.JobStatus, worker: str) -> dict[str, Any]:
-    return {"wire_id": job.id, "worker": worker, "state": job.state, "computed": job.computed,
-            "waits_for": job.waits_for, "output_tokens": job.output_tokens, "prompt_tokens": job.prompt_tokens}

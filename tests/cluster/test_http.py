@@ -179,7 +179,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_a_job(make_worker, make_s
     def pieces(count: int):
         yield from [b'{"prompt": "', *[b"x" * 1000] * count, b'"}']
 
-    for content in (b"x" * 20_000, pieces(20)):
+    for content in (b"x" * 20_000, b"x" * 2_000_000, pieces(20), pieces(2000)):
         answer = httpx.post(f"{address}/v1/completions", content=content)
         assert answer.status_code == 413 and "10000 bytes" in answer.json()["error"]["message"]
     assert httpx.post(f"{address}/v1/completions", content=pieces(2)).status_code == 200 and len(worker.seen) == 1
