@@ -176,10 +176,10 @@ class Follower:
                 else:
                     self._guarded(session, self._obey[type(message)], message)
             if service.arrivals.empty():
-                self._tell_events()
+                self._guarded(service.current, self._tell_events, None)
                 if self._fetched and service.current is not None:
                     self._fetched = False
-                    self._guarded(service.current, lambda leader, _: self._tell_found(leader), None)
+                    self._guarded(service.current, self._tell_found, None)
         self._reset()
 
     def wake(self) -> None:
@@ -201,17 +201,19 @@ class Follower:
 
     # -- a leader comes and goes -------------------------------------------------------------------------------------
 
-    def _guarded(self, session: Session, work: Callable[[Session, Any], None], message: Any) -> None:
+    def _guarded(self, session: Session | None, work: Callable[[Any, Any], None], message: Any) -> None:
         """A leader whose command cannot be carried out is told, and starts anew."""
         try:
             work(session, message)
+            return
         except (SessionOver, LinkBroken) as error:
             log.info("chain_session_over shard=%d why=%s", self.number, error)
-            session.end(str(error))
-            self._reset()
+            why = str(error)
         except Exception as error:                       # a bug must cost the replica's jobs, never the worker
             log.exception("chain_command_failed shard=%d command=%s", self.number, type(message).__name__)
-            session.end(f"{type(message).__name__} failed: {type(error).__name__}")
+            why = f"{type(message).__name__} failed: {type(error).__name__}"
+        if session is not None:
+            session.end(why)
             self._reset()
 
     def _hello(self, session: Session, hello: Hello) -> None:
@@ -351,7 +353,7 @@ class Follower:
         if self._fetcher is not None:
             self._fetcher.forget(message.name)
 
-    def _tell_found(self, session: Session) -> None:
+    def _tell_found(self, session: Session, _: None) -> None:
         """What is known now of what was wanted."""
         now = time.monotonic()
         for name, keys in self._wanted.items():
@@ -395,7 +397,7 @@ class Follower:
         if self._names.get(uid) == mine:                 # else the leader has lent the span again since
             del self._names[uid]
 
-    def _tell_events(self) -> None:
+    def _tell_events(self, session: Session | None, _: None) -> None:
         """Between two commands: flip what waits for a boundary, and tell the leader."""
         told = []
         for event in self._bank.poll():
@@ -415,6 +417,5 @@ class Follower:
                     self._away.discard(mine)
                     self._homes[uid] = slot
             told.append(pack_event(attempt, replace(event, uid=uid)))
-        session = self.service.current
         if told and session is not None:
-            self._guarded(session, lambda to, events: to.send(events), Events(tuple(told)))
+            session.send(Events(tuple(told)))

@@ -19,7 +19,7 @@ from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis
 from kvbank.kvstore.tiers.host_tier import HostTier
 from kvbank.kvstore.transport import rpc
 from kvbank.kvstore.vault import Vault
-from kvbank.workers.assembly import Parts, build_shard, layout_of, root_keys
+from kvbank.workers.assembly import Parts, build_engine, build_shard, layout_of, root_keys, widest_window
 from kvbank.workers.chain import Chain, ChainTimings
 from kvbank.workers.chain_bank import ChainBank
 from kvbank.workers.chain_fetcher import ChainFetcher
@@ -29,6 +29,7 @@ from kvbank.workers.engine import Engine
 from kvbank.workers.fetcher import TierFetcher
 from kvbank.workers.follower import Follower
 from kvbank.workers.models.config_reader import read_config
+from kvbank.workers.models.random_model import write_random_model
 from kvbank.workers.sampler import SamplingParams
 from kvbank.workers.seams import NoBank
 from kvbank.workers.sequence import JobSpec
@@ -110,7 +111,7 @@ class Replica:
         roots = root_keys(b"s" * 32, "d", self.parts.layout, config)
         fetcher = ChainFetcher(self.fetcher, self.chain, wait_s=1.0) if self.fetcher is not None else None
         self.engine = Engine(config, vault, self.chain, clock=time.monotonic, root_of=roots, bank=bank, fetcher=fetcher,
-                             capacity_tokens=lambda: 1 << 20)
+                             window=widest_window(self.parts.model), capacity_tokens=lambda: 1 << 20)
 
     def start(self, shard: int) -> Member:
         return Member(WorkerConfig(**self.config, shard=shard), self.likeness, self.shelves)
@@ -164,6 +165,34 @@ def test_a_cut_model_gives_the_logits_of_the_whole_bit_for_bit(
     assert got.tokens == want.tokens
     assert torch.equal(got.logits["a"], want.logits["a"])
     assert chain.engine.vault.counts().held == 0
+
+
+KINDS = {
+    "windows": {"model_type": "mistral", "sliding_window": 200},
+    "windows on some layers": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 150, "max_window_layers": 2},
+    "tied embeddings, q and k norms": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "layers that do not divide evenly": {"num_layers": 5},
+}
+
+
+@BOTH
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_can_be_cut(tmp_path, run_jobs, exactness, kind) -> None:
+    write_random_model(tmp_path / "m", seed=3, vocab=512, **KINDS[kind])
+    text = [(i * 7919) % 500 + 3 for i in range(1100)]
+    job = JobSpec(id="a", prompt=text, max_tokens=10, ignore_eos=True)
+    settings = {"exactness": exactness, "prefill_chunk_tokens": 128}
+    torch.set_num_threads(1)
+    whole = build_engine(WorkerConfig(model=str(tmp_path / "m"), device_blocks=1024, **settings))
+    want = run_jobs(whole, job)
+    chain = Replica(tmp_path / "m", 2, device_blocks=56 if kind == "windows" else 1024, **settings)
+    try:
+        got = run_jobs(chain.engine, job)
+    finally:
+        chain.stop()
+    assert got.tokens == want.tokens
+    assert torch.equal(got.logits["a"], want.logits["a"])
+    assert chain.engine.room.preemptions == 0 and not chain.engine.vault.check()
 
 
 @BOTH
@@ -338,6 +367,20 @@ def test_a_shard_that_hangs_costs_one_bounded_wait(replica, run_jobs, prompt) ->
     follower._obey[Step] = work
     again = run_jobs(chain.engine, JobSpec(id="c", prompt=prompt(50), max_tokens=2, ignore_eos=True))
     assert not again.errors and len(again.tokens["c"]) == 2
+
+
+def test_a_bug_in_a_follower_costs_the_jobs_and_not_the_follower(replica, run_jobs, prompt) -> None:
+    chain = replica(2)
+    follower = chain.members[1].follower
+    forward, follower.shard.forward = follower.shard.forward, lambda *_: 1 / 0
+    got = run_jobs(chain.engine, JobSpec(id="a", prompt=prompt(50), max_tokens=2))
+    assert isinstance(got.errors["a"], Unavailable) and "ZeroDivisionError" in str(got.errors["a"])
+    follower.shard.forward = forward
+    follower._bank.poll = lambda: 1 / 0
+    got = run_jobs(chain.engine, JobSpec(id="b", prompt=prompt(50), max_tokens=2))
+    del follower._bank.poll
+    again = run_jobs(chain.engine, JobSpec(id="c", prompt=prompt(50), max_tokens=2, ignore_eos=True))
+    assert len(again.tokens["c"]) == 2
 
 
 def test_shards_that_are_not_alike_refuse_each_other_by_name(replica, run_jobs, prompt) -> None:
