@@ -74,16 +74,15 @@ class Reuse:
     def adopt_ended(self, job: str) -> None:
         self._adopting.discard(job)
 
-    def end(self, seq: Sequence) -> None:
-        """The sequence stops running: others need not wait for it; what it adopted and never placed goes back."""
+    def end(self, seq: Sequence) -> list[Span]:
+        """The sequence stops running: others need not wait for it. Returns what it adopted and never placed: it goes back."""
         for key in [key for key, owner in self._computing.items() if owner is seq]:
             del self._computing[key]
         self._fetcher.forget(seq.job.id)
         self._adopting.discard(seq.job.id)
-        unplaced = [span.uid for span in seq.adopted.values() if not span.refs]
-        if unplaced:
-            self._bank.settle(unplaced, keep=True)
+        unplaced = [span for span in seq.adopted.values() if not span.refs]
         seq.adopted.clear()
+        return unplaced
 
     def forget(self, seq: Sequence) -> None:
         """The job is over."""

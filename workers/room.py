@@ -182,17 +182,21 @@ class Room:
 
     def release(self, spans: Iterable[Span]) -> None:
         """A sequence no longer reads these. The last reader of a span elsewhere settles it."""
+        unread = [span for span in spans if self._vault.release(span)]
+        for span in unread:
+            self._vault.index.withdraw(span)
+            if span.place == HOST and self.parked.pop(span.uid, None) is not None:
+                self._backend.unpark(span.uid, None)
+        self.settle(unread)
+
+    def settle(self, spans: Iterable[Span]) -> None:
+        """Nobody here reads these any more; lenders may cache what they hold of them."""
         settled = []
         for span in spans:
-            if not self._vault.release(span):
-                continue
-            self._vault.index.withdraw(span)
-            if span.place == REMOTE and self.away.pop(span.uid, None) is not None:
+            if self.away.pop(span.uid, None) is not None:
                 if (slot := self._returning.pop(span.uid, None)) is not None:
                     self._vault.blank_slots([slot])
                 settled.append(span.uid)
-            elif span.place == HOST and self.parked.pop(span.uid, None) is not None:
-                self._backend.unpark(span.uid, None)
             span.place = GONE
         if settled:
             self._bank.settle(settled, keep=True)

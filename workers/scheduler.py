@@ -276,7 +276,7 @@ class Scheduler:
             seq.table.put(index, None)
         seq.table.released = 0
         self.room.release(reversed(spans))          # the tail first: it is evicted before the head
-        self.reuse.end(seq)
+        self.room.settle(self.reuse.end(seq))
         self._begun.discard(seq.job.id)
 
     def _enqueue(self, seq: Sequence) -> None:
