@@ -41,6 +41,7 @@ _CLUSTER_FLAGS: dict[str, tuple[type, str]] = {      # settings that have a flag
     "redis": (str, "embedded, a URL, or none"),
     "dtype": (str, "float32, bfloat16 or float16"),
     "launcher": (str, "ray or process"),
+    "ray_address": (str, "join this Ray (auto, or host:port) instead of starting one; --address says the same"),
     "host": (str, "address the API listens on"),
     "port": (int, "port the API listens on; 0: any"),
 }
@@ -136,7 +137,8 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="YAML or TOML file with settings")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any other setting")
     for name, (kind, about) in _CLUSTER_FLAGS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=about)
+        also = ["--address"] if name == "ray_address" else []
+        parser.add_argument(f"--{name.replace('_', '-')}", *also, dest=name, type=kind, help=about)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
