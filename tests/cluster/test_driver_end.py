@@ -135,7 +135,7 @@ def drive(model: Path) -> Iterator[Callable[..., Driver]]:
     made: list[Driver] = []
 
     def start(launcher: str, *settings: str, **options: object) -> Driver:
-        made.append(Driver(model, launcher, *settings, **options))
+        made.append(Driver(options.pop("model", model), launcher, *settings, **options))
         return made[-1]
 
     yield start
@@ -249,6 +249,39 @@ def test_a_dead_member_comes_back_in_its_place(drive, eventually) -> None:
     driver.tell("stop")
     driver.until("down")
     assert driver.process.wait(20.0) == 0 and driver.left() == []
+
+
+# -- real members ------------------------------------------------------------------------------------------------------
+
+REAL = ("real", "workers=1", "lenders=1", "device_blocks=64", "lender_blocks=512")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_nothing_is_left_when_the_driver_ends_while_a_job_runs_on_borrowed_memory(drive, number: signal.Signals) -> None:
+    driver = drive("process", *REAL)
+    driver.until("up")
+    driver.tell("job")                                           # three times what the worker's own blocks hold
+    driver.until("did job")
+    driver.process.send_signal(number)
+    driver.process.wait(20.0)
+    gone(driver)
+
+
+@pytest.mark.parametrize(("damage", "words"), [("truncate", "truncated"), ("rename", "missing")])
+def test_weights_that_no_worker_can_load_end_the_start_with_a_model_error(
+    drive, model: Path, tmp_path: Path, damage: str, words: str
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    weights = folder / "model.safetensors"
+    if damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:                                                        # of the same length, so that only the name is wrong
+        weights.write_bytes(weights.read_bytes().replace(b"model.layers.1.", b"model.layers.7."))
+    driver = drive("process", *REAL, model=folder)
+    said = driver.until("error")
+    assert said.startswith("error ModelError") and words in said
+    assert driver.process.wait(20.0) == 3
+    gone(driver)
 
 
 # -- the same on Ray ---------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
-"""A program that owns a cluster of toys: the tests start it, interrupt or kill it, and look at what is left.
+"""A program that owns a cluster of toys, or with the word `real` of real members: the tests start it, interrupt or kill
+it, and look at what is left.
 
-Arguments: model folder, launcher, then settings as key=value. Says each step of its life as one line on stdout:
+Arguments: model folder, launcher, then settings as key=value, or `real`. Says each step of its life as one line on stdout:
 the progress of the start, `up JSON` with address and processes, `leaving`, `down`, or `error TYPE TEXT`. While up it
-obeys lines on stdin: `stop` (leave the with statement), `fork` (start a process of its own that stays).
+obeys lines on stdin: `stop` (leave the with statement), `fork` (start a process of its own that stays), `job` (a job
+that is still being answered afterwards).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kvbank.cluster.client import Client
 from kvbank.cluster.launcher import LocalCluster
 from kvbank.errors import KVBankError
 
@@ -41,15 +44,19 @@ def say(*words: str) -> None:
 
 def main() -> None:
     folder, launcher, *pairs = sys.argv[1:]
-    if launcher == "ray":
+    kind: type[LocalCluster] = LocalCluster if "real" in pairs else ToyCluster
+    if launcher == "ray" and kind is ToyCluster:
         use_toy_actors()
-    settings: dict[str, Any] = dict(pair.split("=", 1) for pair in pairs)
+    settings: dict[str, Any] = dict(pair.split("=", 1) for pair in pairs if pair != "real")
     try:
-        with ToyCluster(folder, launcher=launcher, progress=say, config=settings) as cluster:
+        with kind(folder, launcher=launcher, progress=say, config=settings) as cluster:
             say("up", json.dumps({"address": cluster.address, "processes": cluster.processes}))
             for line in sys.stdin:
                 if line == "stop\n":
                     break
+                if line == "job\n":
+                    job = Client(cluster.address).submit(list(range(5, 250)) * 6, max_tokens=4000)
+                    next(iter(job.stream()))
                 if line == "fork\n":
                     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
                 say("did", line.strip())
