@@ -507,7 +507,7 @@ class LoanLedger:
         slots = [self._lent[slot] for loan in loans for slot in loan.slots]
         revoked = sum(slot.state == REVOKED for slot in self._lent.values())
         late = [s for s in slots if s.state == RECALLED and s.recall_by > now + within_s]
-        coming = sum(s.state == RECALLED for s in self._lent.values()) - len(late)
+        coming = sum(s.state == RECALLED and s.recall_by <= now + within_s for s in self._lent.values())
         asked = [*late, *(s for s in slots if s.state == HELD), *(s for s in slots if s.state == SEALED)]
         self._recall(now, asked[: max(0, number - revoked - coming)], why, within_s)
 

@@ -1,10 +1,12 @@
 """Envelopes as bytes: kvstore.messages to proto/bank.proto and back. `unpack(pack(envelope)) == envelope`.
 
-Knows both forms; decides nothing. Lengths are checked here, so that the cores never see a boot of three bytes.
+Knows both forms; decides nothing. What a core relies on is checked here: it never sees a boot of three bytes, or an age
+that is not a number.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +53,12 @@ def _key(data: bytes) -> BlockKey:
     if len(data) != KEY_BYTES:
         raise ValueError(f"a block key has {KEY_BYTES} bytes, not {len(data)}")
     return BlockKey(data)
+
+
+def _age(stamp: float) -> float:
+    if not math.isfinite(stamp):
+        raise ValueError(f"an age of {stamp} cannot be ordered")
+    return stamp
 
 
 def _ref(ref: m.Ref) -> pb.Ref:
@@ -104,7 +112,7 @@ _OUT: dict[type, Callable[[Any], tuple[str, Any]]] = {
 _IN: dict[str, Callable[[Any], m.Message]] = {
     "hello": lambda x: m.Hello(x.version, x.node, _boot(x.boot), x.nonce, _uncompat(x.compat)),
     "hello_ack": lambda x: m.HelloAck(_boot(x.boot), x.nonce, x.fit, x.reason, x.lendable),
-    "borrow": lambda x: m.Borrow(x.loan, x.tenant, x.age, x.spans, x.job, tuple(_key(k) for k in x.keys)),
+    "borrow": lambda x: m.Borrow(x.loan, x.tenant, _age(x.age), x.spans, x.job, tuple(_key(k) for k in x.keys)),
     "grant": lambda x: m.Grant(x.loan, _unrefs(x.refs), x.term_ms, tuple(x.sealed_digests),
                                tuple(_key(k) for k in x.keys)),
     "refuse": lambda x: m.Refuse(x.loan, x.code, x.retry_ms),
