@@ -35,7 +35,7 @@ class Report:
             parser.add_argument(flag, **settings)
         self.name, self.args = name, parser.parse_args(argv)
         self.goals: dict[str, tuple[str, float]] = {}
-        self.started = time.monotonic()
+        self.started, self.load = time.monotonic(), load()
 
     def line(self, **fields: Any) -> None:
         """One intermediate result."""
@@ -55,7 +55,8 @@ class Report:
                 print(f"  {name:36s} {value}{told}", file=sys.stderr)
         print(json.dumps({
             "bench": self.name, "ok": not missed, "figures": figures, "goals": {k: list(v) for k, v in self.goals.items()},
-            "missed": missed, "machine": machine(), "commit": commit(), "seconds": round(time.monotonic() - self.started, 1),
+            "missed": missed, "machine": {**machine(), "load_before": self.load}, "commit": commit(),
+            "seconds": round(time.monotonic() - self.started, 1),
         }), flush=True)
         return 0
 
@@ -65,7 +66,12 @@ def machine() -> dict[str, Any]:
     import torch
 
     return {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
-            "load": round(os.getloadavg()[0], 2), "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+            "load": load(), "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+
+
+def load() -> float:
+    """Processes that want a core, averaged over the last minute: above the number of cores, only ratios mean something."""
+    return round(os.getloadavg()[0], 2)
 
 
 def commit() -> str:
