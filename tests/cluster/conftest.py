@@ -41,7 +41,8 @@ class FakeWorker:
         self.seen: list[pb.Job] = []
         self.cancels: list[str] = []
         self.failure: tuple[str, str] | None = None          # answered instead of tokens
-        self.die_at: int | None = None                       # abort the stream before this token index, once
+        self.die_at: int | None = None                       # abort the stream before this token index,
+        self.die_once = True                                 # once or always
         self.hang_at: int | None = None                      # say nothing more from this token index on
         self.repeat = False                                  # send each token again, with the one before
         self.token_s = 0.0
@@ -93,7 +94,7 @@ class FakeWorker:
                 yield pb.SubmitReply(done=pb.Done(finish_reason="cancelled", receipt=self._receipt(job, at)))
                 return
             if at == self.die_at:
-                self.die_at = None
+                self.die_at = None if self.die_once else at
                 context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
             if at == self.hang_at:
                 self.hang_at = None

@@ -98,9 +98,9 @@ def finished_now(address: str, job_id: str) -> dict:
 def test_a_job_that_kills_every_worker_it_meets_is_given_up(make_worker, make_server) -> None:
     workers = [make_worker(f"worker-{n}") for n in range(3)]
     for worker in workers:
-        worker.die_at = 0
+        worker.die_at, worker.die_once = 0, False
     job = run(make_server(*workers, limits={"fruitless": 2}).address)
-    assert job["error"]["code"] == "unavailable" and job["attempt"] == 2
+    assert job["error"]["code"] == "unavailable" and job["receipt"]["attempts"] == 2
 
 
 @pytest.mark.parametrize("code", ["unavailable", "overloaded", "internal"])
