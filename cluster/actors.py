@@ -87,7 +87,8 @@ class RayLauncher:
             try:
                 ray.init(address=address, **quiet)
             except (ConnectionError, ValueError, RayError) as error:
-                raise ConfigError(f"cluster.ray_address {address}: no Ray to join there ({error})") from error
+                raise ConfigError(f"cluster.ray_address {address}: no Ray to join there ({error}); if that Ray asks for "
+                                  "a token, as `ray start` does by default, set RAY_AUTH_MODE=token here too") from error
 
     @property
     def processes(self) -> dict[str, int]:
