@@ -117,7 +117,7 @@ class Control:
             if any(isinstance(effect, Unknown) for effect in effects):
                 return pb.Advice(register_again=True)
             if not any(isinstance(effect, Late) for effect in effects):
-                self._directory.on(Held(report.id, _split(report.keys_added), _split(report.keys_removed), report.full))
+                self._directory.on(Held(report.id, split_keys(report.keys_added), split_keys(report.keys_removed), report.full))
             missed = any(isinstance(effect, Missed) for effect in effects)
             members = [_member(view.facts) for view in self._members.views(self._clock())]
         return pb.Advice(members=members, send_full=not report.full and (missed or report.seq == 1))
@@ -132,7 +132,7 @@ class Control:
         ])
 
     def locate(self, request: pb.LocateRequest, context: Any = None) -> pb.LocateReply:
-        keys = _split(request.keys[:MAX_QUESTION_KEYS * KEY_BYTES])
+        keys = split_keys(request.keys[:MAX_QUESTION_KEYS * KEY_BYTES])
         with self._lock:
             runs = self._directory.runs(keys, without=request.asker)[:MAX_RUNS]
         return pb.LocateReply(holdings=[pb.Holding(id=run.id, first=run.first, count=run.count) for run in runs])
@@ -171,7 +171,8 @@ def _serialized(message: Any) -> bytes:
     return bytes(message.SerializeToString())
 
 
-def _split(keys: bytes) -> list[bytes]:
+def split_keys(keys: bytes) -> list[bytes]:
+    """Block keys as they travel: one after the other, 32 bytes each."""
     return [keys[at:at + KEY_BYTES] for at in range(0, len(keys) - KEY_BYTES + 1, KEY_BYTES)]
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import grpc
 
-from kvbank.cluster.control import SERVICE
+from kvbank.cluster.control import MAX_QUESTION_KEYS, SERVICE, split_keys
+from kvbank.cluster.directory import KEY_BYTES
 from kvbank.cluster.membership import Facts, Versions
 from kvbank.errors import ConfigError, Unauthorized, Unavailable
 from kvbank.kvstore.transport import rpc
@@ -25,6 +26,7 @@ from kvbank.proto import control_pb2 as pb
 log = logging.getLogger(__name__)
 
 CALL_S = 1.0                         # one report or registration
+REPORT_BYTES = 49_152 * KEY_BYTES    # of keys in one report: 1.5 MiB, well within a message
 QUESTION_S = 0.25                    # one question on behalf of a job that waits for the answer
 
 
@@ -51,6 +53,7 @@ class Heartbeat:
         self._session = 0
         self._seq = 0
         self._need_full = True
+        self._waiting_keys = b""
         self._complaint = ""
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -104,7 +107,7 @@ class Heartbeat:
 
     def locate(self, keys: Sequence[bytes]) -> list[pb.Holding]:
         """Who else holds runs of `keys`, leading runs first; empty when nobody does or control is away."""
-        reply = self._ask("Locate", pb.LocateRequest(keys=b"".join(keys), asker=self.id), QUESTION_S)
+        reply = self._ask("Locate", pb.LocateRequest(keys=b"".join(keys[:MAX_QUESTION_KEYS]), asker=self.id), QUESTION_S)
         return list(reply.holdings) if reply else []
 
     def snapshot(self) -> list[pb.MemberView]:
@@ -130,6 +133,7 @@ class Heartbeat:
             counts, full = {}, False
             self._need_full = True
         report = pb.Report(**{**counts, "id": self.id, "session": self._session, "seq": self._seq, "full": full})
+        self._fit(report)
         advice = self._ask("Heartbeat", report, CALL_S)
         if advice is None:
             self._need_full = True   # what this report said may or may not have arrived
@@ -138,6 +142,19 @@ class Heartbeat:
         else:
             self._need_full |= advice.send_full
             self._see(tuple(advice.members))
+
+    def _fit(self, report: pb.Report) -> None:
+        """A report fits one message: added keys beyond that wait for the next one, unless they are removed first."""
+        if report.full:
+            self._waiting_keys = b""
+        if self._waiting_keys and report.keys_removed:
+            removed = dict.fromkeys(split_keys(report.keys_removed))
+            self._waiting_keys = b"".join(key for key in split_keys(self._waiting_keys) if key not in removed)
+        added = self._waiting_keys + report.keys_added
+        report.keys_added, self._waiting_keys = added[:REPORT_BYTES], added[REPORT_BYTES:]
+        if len(report.keys_removed) > REPORT_BYTES:
+            report.ClearField("keys_removed")
+            self._need_full = True
 
     def _see(self, members: tuple[pb.Member, ...]) -> None:
         def names(of: Sequence[pb.Member]) -> list[tuple[str, bytes, str]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kvbank import __version__
+from kvbank.cluster import heartbeat
 from kvbank.cluster.control import Control
 from kvbank.cluster.heartbeat import Heartbeat
 from kvbank.cluster.membership import Facts, Versions
@@ -197,6 +198,28 @@ def test_a_report_that_arrives_twice_changes_nothing(cluster) -> None:
         control.heartbeat(report)
     (run,) = control.locate(pb.LocateRequest(keys=KEYS[0] + KEYS[1])).holdings
     assert run.count == 1
+
+
+def test_more_keys_than_fit_one_message_arrive_one_report_after_the_other(cluster, eventually, monkeypatch) -> None:
+    monkeypatch.setattr(heartbeat, "REPORT_BYTES", 3 * 32)
+    _, address = cluster()
+    holder, asker = cluster.member(address, "worker-0"), cluster.member(address, "worker-1")
+    holder.held = list(KEYS)
+    holder.start(), asker.start()
+    eventually(lambda: [run.count for run in asker.line.locate(KEYS)] == [len(KEYS)])
+
+
+def test_a_key_that_is_gone_before_it_was_told_is_not_told() -> None:
+    line = heartbeat.Heartbeat("127.0.0.1:9", TOKEN)
+    line._waiting_keys = KEYS[0] + KEYS[1] + KEYS[2]
+    report = pb.Report(keys_added=KEYS[3], keys_removed=KEYS[1])
+    line._fit(report)
+    assert report.keys_added == KEYS[0] + KEYS[2] + KEYS[3]
+    many = pb.Report(keys_removed=b"r" * (heartbeat.REPORT_BYTES + 32))
+    line._need_full = False
+    line._fit(many)
+    assert not many.keys_removed and line._need_full, "too much to tell: all is told anew"
+    line.stop()
 
 
 @pytest.mark.parametrize("member", [pb.Member(), pb.Member(id="x"), pb.Member(id="x", boot=b"short")])

@@ -175,9 +175,11 @@ def reach(driver: Driver, point: str) -> None:
     driver.until(point)
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
-def test_nothing_is_left_when_the_driver_ends(drive, eventually, number: signal.Signals, point: str) -> None:
+ENDS = [(number, point) for number in (signal.SIGINT, signal.SIGKILL) for point in POINTS] + [(signal.SIGTERM, "up")]
+
+
+@pytest.mark.parametrize(("number", "point"), ENDS, ids=lambda value: getattr(value, "name", value))
+def test_nothing_is_left_when_the_driver_ends(drive, number: signal.Signals, point: str) -> None:
     driver = drive("process", "lenders=2")
     reach(driver, point)
     driver.process.send_signal(number)
@@ -185,7 +187,7 @@ def test_nothing_is_left_when_the_driver_ends(drive, eventually, number: signal.
     gone(driver)
 
 
-def test_a_second_ctrl_c_is_safe_and_only_makes_it_faster(drive, ask, eventually) -> None:
+def test_a_second_ctrl_c_is_safe_and_only_makes_it_faster(drive, ask) -> None:
     ask("deaf")                                                  # nobody stops when asked
     driver = drive("process", "lenders=1")
     driver.until("up")
@@ -196,7 +198,7 @@ def test_a_second_ctrl_c_is_safe_and_only_makes_it_faster(drive, ask, eventually
     gone(driver)
 
 
-def test_children_that_ignore_every_signal_and_grandchildren_end_with_the_driver(drive, ask, eventually) -> None:
+def test_children_that_ignore_every_signal_and_grandchildren_end_with_the_driver(drive, ask) -> None:
     ask("deaf")
     ask("brood")
     driver = drive("process", "workers=1")
@@ -216,7 +218,7 @@ def test_a_process_of_the_drivers_own_is_left_alone(drive, eventually) -> None:
     assert "time.sleep(600)" in driver.left()[0]
 
 
-def test_an_error_in_the_start_leaves_nothing(drive, ask, eventually) -> None:
+def test_an_error_in_the_start_leaves_nothing(drive, ask) -> None:
     ask("worker-1:refuse", "no such thing as worker one")
     driver = drive("process", "lenders=1")
     assert driver.until("error") == "error ConfigError no such thing as worker one"
@@ -224,7 +226,7 @@ def test_an_error_in_the_start_leaves_nothing(drive, ask, eventually) -> None:
     assert driver.left() == []
 
 
-def test_it_works_from_another_folder_whose_files_look_like_packages(drive, tmp_path: Path, eventually) -> None:
+def test_it_works_from_another_folder_whose_files_look_like_packages(drive, tmp_path: Path) -> None:
     for name in ("kvbank", "torch", "redis", "grpc", "cluster", "json"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')\n")
     driver = drive("process", "workers=1", cwd=tmp_path)
@@ -235,7 +237,7 @@ def test_it_works_from_another_folder_whose_files_look_like_packages(drive, tmp_
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".py"] * 6, "it writes nothing where it stands"
 
 
-def test_a_dead_member_comes_back_in_its_place(drive, eventually) -> None:
+def test_a_dead_member_comes_back_in_its_place(drive) -> None:
     driver = drive("process", "lenders=1")
     driver.until("up")
     address, processes = driver.answer["address"], driver.answer["processes"]
