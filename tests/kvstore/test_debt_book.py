@@ -306,7 +306,7 @@ def test_loan_numbers_are_not_used_again_even_for_a_lender_that_seemed_gone() ->
     assert m.Borrow(2, "t", 5.0, 1, "job") in desk.want(20.0, 1)
 
 
-# -- the way back -----------------------------------------------------------------------------------------------------------------
+# -- the way back ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_recall_must_be_obeyed_by_80_percent_of_its_time_or_the_span_is_lost() -> None:
