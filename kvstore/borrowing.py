@@ -152,8 +152,13 @@ class Banker:
 
     def session_ended(self, borrower: Boot, outbox: Outbox) -> None:
         outbox.close()
-        if self._served.get(borrower) is outbox:
-            del self._served[borrower]
+        if self._served.get(borrower) is not outbox:
+            return                                      # it has opened another one meanwhile
+        del self._served[borrower]
+        with self._lock:
+            owes = self.ledger is not None and bool(self.ledger.live_refs(borrower))
+        if owes and self.links.knows(borrower):
+            self._submit(self._probes, self._probe, borrower)    # its slots need not wait for the term
 
     def compat_of(self, borrower: Boot) -> Compat | None:
         """What that borrower said its spans are."""
@@ -291,8 +296,8 @@ class Banker:
         try:
             target = self._data.staging(effect.uid)
             told = self._fetch_bytes(effect.ref, target)
-            event: Any = FetchFailed(effect.uid, "cut")
-            if told is not None:
+            event: Any = FetchFailed(effect.uid, "stale" if told == b"" else "cut")
+            if told:
                 event = CopyVerified(effect.uid, bulk.digest(target))
         finally:
             self._moving.discard(effect.ref)

@@ -199,6 +199,8 @@ class Worker:
             if old is not None and old != boot:
                 self.banker.peer_gone(old)
             self._boots[member.id] = boot
+            if boot != self.boot and member.address:
+                self._links.know(boot, member.address)
 
     def _load(self) -> Mapping[str, Any]:
         return {}

@@ -102,8 +102,8 @@ def fetch_end(checked: bytes) -> bytes:
 
 
 def place_fetch(messages: Iterator[bytes], target: memoryview) -> bytes | None:
-    """Write a Fetch's pieces into `target` and return the lender's digest; None when it said the ref is stale, or the
-    stream ended early. Raises BulkFormatError when more bytes come than fit."""
+    """Write a Fetch's pieces into `target` and return the lender's digest; b"" when it said nothing: the ref is stale; None
+    when the stream ended early. Raises BulkFormatError when more bytes come than fit."""
     at = 0
     for message in messages:
         if message[:1] == _END:
@@ -112,7 +112,7 @@ def place_fetch(messages: Iterator[bytes], target: memoryview) -> bytes | None:
             raise BulkFormatError("a Fetch brought more bytes than the span has")
         target[at : at + len(message) - 1] = message[1:]
         at += len(message) - 1
-    return None
+    return None if at else b""
 
 
 def _ref(ref: Ref) -> list[bytes | int]:
