@@ -55,6 +55,11 @@ class Guardian:
         except subprocess.TimeoutExpired:
             return False
 
+    def stay(self) -> None:
+        """Sweep when this process has ended, not before: one end of the pipe is never closed by anybody."""
+        assert self._process.stdin is not None
+        os.dup(self._process.stdin.fileno())
+
     def _tell(self, line: str) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):           # it is gone or closed: the sweep is over

@@ -112,6 +112,7 @@ class LocalCluster:
         self._model = _check_model(self.settings)
         self._progress = progress or (lambda line: None)
         self._lock = threading.Lock()                            # one start, one stop
+        self._owner, self._starting = 0, False
         self._stopping = threading.Event()
         self._hurry = threading.Event()
         self._guardian: Guardian | None = None
@@ -156,17 +157,24 @@ class LocalCluster:
                 raise ConfigError("this cluster was started before; make a new LocalCluster")
             self._stopping.clear()
             self._hurry.clear()
+            self._owner, self._starting = os.getpid(), True
             atexit.register(self.stop)
             try:
                 self._start()
             except BaseException:
                 self._stop_shielded()
                 raise
+            finally:
+                self._starting = False
         return self
 
     def stop(self) -> None:
         """Stop everything, killing what does not stop by itself within `stop_grace_s`. Safe to repeat, and to
-        interrupt: a second Ctrl-C only makes it faster."""
+        interrupt: a second Ctrl-C only makes it faster. A start under way on another thread ends with Unavailable."""
+        if self._owner != os.getpid():
+            return                                               # a fork of the owner, on its own way out
+        if self._starting and self._launcher is not None:
+            self._launcher.close()
         with self._lock:
             if self._guardian is not None and not self._stopping.is_set():
                 self._stop_shielded()
@@ -322,7 +330,7 @@ class LocalCluster:
             if self._guardian is not None and all_gone:
                 self._guardian.close()
             elif self._guardian is not None:                     # our Ray serves another cluster of this process
-                atexit.register(self._guardian.close)
+                self._guardian.stay()
 
     def _clean_up_politely(self) -> bool:
         """Ask everybody to stop, then end them. False when something of ours has to stay until this process ends."""

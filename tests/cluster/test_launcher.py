@@ -167,6 +167,34 @@ def test_a_cluster_stops_from_another_thread_and_without_a_with_statement(model:
     assert cluster.processes == {}
 
 
+def test_stop_ends_a_start_that_is_under_way(model: Path, nothing_left, eventually) -> None:
+    (model / "worker-0:slow.toy").write_text("600")
+    cluster = ToyCluster(model, launcher="process", workers=1, redis=None)
+    errors: list[type] = []
+
+    def start() -> None:
+        try:
+            cluster.start()
+        except Exception as error:
+            errors.append(type(error))
+
+    starter = threading.Thread(target=start)
+    starter.start()
+    eventually(lambda: "worker-0" in cluster.processes)
+    cluster.stop()
+    starter.join(20.0)
+    assert errors == [Unavailable] and cluster.processes == {}
+
+
+def test_a_fork_of_the_owner_does_not_stop_its_cluster(model: Path, nothing_left) -> None:
+    with ToyCluster(model, launcher="process", workers=1, redis=None) as cluster:
+        if (child := os.fork()) == 0:
+            cluster.stop()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert sorted(cluster.processes) == ["control", "gateway", "worker-0"]
+
+
 def test_two_clusters_live_side_by_side(model: Path, nothing_left) -> None:
     with ToyCluster(model, launcher="process", workers=1) as one:
         with ToyCluster(model, launcher="process", workers=1) as two:
@@ -248,6 +276,40 @@ print(json.dumps({"inside": inside, "processes": processes, "after": after, "pin
                   "connected": ray.is_initialized()}), flush=True)
 ray.shutdown()
 """
+
+
+TWO = """
+import json, os, socket, sys
+sys.path.insert(0, sys.argv[2])
+from toy_driver import ToyCluster, use_toy_actors
+
+def toy():
+    return ToyCluster(sys.argv[1], launcher="ray", workers=1, redis=None).start()
+
+use_toy_actors()
+one, two = toy(), toy()
+one.stop()
+socket.create_connection(("127.0.0.1", int(two.address.rpartition(":")[2]))).close()
+after = [sorted(one.processes), sorted(two.processes)]
+two.stop()
+three = toy()                                                    # left to the end of the process
+print(json.dumps({"after": after, "three": sorted(three.processes)}), flush=True)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_ray_that_two_clusters_share_stays_for_the_second_and_ends_with_the_process(model: Path, eventually) -> None:
+    temp = tempfile.mkdtemp(prefix="kvt-", dir="/tmp")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", TWO, str(model), str(HERE)], capture_output=True, text=True, timeout=180, cwd="/",
+        stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": temp},
+    )
+    assert done.returncode == 0, done.stderr
+    members = ["control", "gateway", "worker-0"]
+    assert json.loads(done.stdout.splitlines()[-1]) == {"after": [[], members], "three": members}
+    eventually(lambda: os.listdir(temp) == [])
+    os.rmdir(temp)
 
 
 @pytest.mark.ray
