@@ -144,6 +144,11 @@ class Borrower:
                 self._left.popitem(last=False)
         self._tell(loans.NoLongerNeeded(tuple(uids), keep))
 
+    def recall(self, slots: int, *, age: float) -> None:
+        assert self._banker is not None
+        if self._banker.ledger is not None and self._banker.ledger.num_lent:
+            self._banker.tell_ledger(loans.Need(slots, (age, "")))
+
     def poll(self) -> list[BankEvent]:
         with self._lock:
             waiting, self._inbox = self._inbox, []

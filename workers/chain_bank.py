@@ -98,6 +98,9 @@ class ChainBank:
         self._chain.send(Home(uid, slot))
         self._local.bring_home(uid, slot)
 
+    def recall(self, slots: int, *, age: float) -> None:
+        """A sharded replica lends nothing."""
+
     def settle(self, uids: Sequence[int], *, keep: bool) -> None:
         """keep is not passed on: what lenders cached for one shard could be mistaken for another's."""
         for uid in uids:

@@ -2,6 +2,7 @@
 
 The ladder of make_room, one rung after the other:
 
+    0 recall what is lent to younger jobs elsewhere (it comes within two seconds; the ladder does not wait for it)
     1 evict idle cached spans        (the vault does it by itself; their bytes spill to the tiers)
     2 lend out the oldest full spans (a neighbour holds them and computes on them)
     3 park them on the host tier     (read back through staging, layer by layer)
@@ -63,6 +64,7 @@ class Room:
         planned: uids of spans that the plan in the making reads; lending them is fine (they flip after the step), parking
         them is not.
         """
+        self._bank.recall(short, age=seq.job.age)   # what younger jobs elsewhere hold of ours comes back by and by
         movable = self._movable(seq)
         if (wanted := short - len(self._moving)) > 0:
             self._lend(seq, movable[: min(wanted, self._bank.lendable())])

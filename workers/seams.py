@@ -152,6 +152,9 @@ class Bank(Protocol):
     def settle(self, uids: Sequence[int], *, keep: bool) -> None:
         """Nobody here reads these spans any more; with keep the lenders may cache them."""
 
+    def recall(self, slots: int, *, age: float) -> None:
+        """A job of this age needs slots of ours that are lent: call back that many from younger jobs. Safe to repeat."""
+
     def poll(self) -> list[BankEvent]:
         """What happened since the last call. Called at step boundaries: entries flip only there. Raises BackendLost."""
 
@@ -173,6 +176,9 @@ class NoBank:
 
     def settle(self, uids: Sequence[int], *, keep: bool) -> None:
         assert not uids, "nothing is lent"
+
+    def recall(self, slots: int, *, age: float) -> None:
+        """Nobody borrowed anything."""
 
     def poll(self) -> list[BankEvent]:
         return []
