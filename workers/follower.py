@@ -3,9 +3,8 @@
     Lead: Step, Copy, Scrub, Lend, ...   --> its slots, its lenders
     Activate: hidden states in           --> its layers --> hidden states out, or, on the last shard, tokens
 
-One thread owns model, slots and books, and obeys one leader at a time, in the order in which things were said. Keeps no
-books of its slots: the leader does. Knows a lent span by a name of its own, because the leader's names start anew with
-every leader.
+One thread owns model, slots and loans (workers/follower_loans.py), and obeys one leader at a time, in the order in which
+things were said. Keeps no books of its slots: the leader does.
 """
 
 from __future__ import annotations
@@ -14,16 +13,14 @@ import logging
 import queue
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from threading import Lock
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvbank.kvstore.layout import BlockKey, SlotId
-from kvbank.kvstore.span_table import new_uid
 from kvbank.workers.batch import StepPlan, StepResult
 from kvbank.workers.batch import unpack as unpack_plan
 from kvbank.workers.chain_fetcher import OwnFetcher
@@ -53,69 +50,17 @@ from kvbank.workers.chain_frames import (
     Step,
     Unpark,
     Want,
-    pack_event,
-    placed,
     unpack_span,
 )
 from kvbank.workers.chain_link import LinkBroken, Onward
-from kvbank.workers.seams import BankEvent, Lost, Move, Moved, Returned, Stayed
+from kvbank.workers.follower_loans import FollowerLoans, ShardBank
+from kvbank.workers.held_keys import HeldKeys
 from kvbank.workers.shard import LocalShard
 from kvbank.workers.shard_service import Session, SessionOver, ShardService
 
 log = logging.getLogger(__name__)
 
 HIDDEN_S = 30.0                              # longest wait for a step's hidden states; the leader gives up as soon
-
-
-class ShardBank(Protocol):
-    """What a follower needs of workers.seams.Bank."""
-
-    def lend_out(self, moves: list[Move], *, tenant: str, age: float) -> None: ...
-
-    def bring_home(self, uid: int, slot: SlotId) -> None: ...
-
-    def settle(self, uids: list[int], *, keep: bool) -> None: ...
-
-    def poll(self) -> list[BankEvent]: ...
-
-
-class HeldKeys:
-    """Block keys that this shard holds, as the leader says: for reports to the control plane. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._held: dict[bytes, None] = {}
-        self._changed: dict[bytes, bool] = {}            # since the last report: key -> held now
-        self._lock = Lock()
-
-    def change(self, added: bytes, removed: bytes, *, whole: bool = False) -> None:
-        """32 bytes each, one after the other; what is in both was added first. whole: no others are held."""
-        if whole:
-            self.clear()
-        with self._lock:
-            for key in _split(added):
-                self._held[key] = None
-                self._changed[key] = True
-            for key in _split(removed):
-                self._held.pop(key, None)
-                self._changed[key] = False
-
-    def clear(self) -> None:
-        with self._lock:
-            self._changed.update(dict.fromkeys(self._held, False))
-            self._held.clear()
-
-    def take_changes(self, *, full: bool) -> tuple[bytes, bytes]:
-        """Keys (added, removed) since the last call; with `full` all that are held."""
-        with self._lock:
-            changed, self._changed = self._changed, {}
-            if full:
-                return b"".join(self._held), b""
-            return (b"".join(key for key, held in changed.items() if held),
-                    b"".join(key for key, held in changed.items() if not held))
-
-
-def _split(keys: bytes) -> list[bytes]:
-    return [keys[at : at + 32] for at in range(0, len(keys), 32)]
 
 
 @dataclass(slots=True)
@@ -139,16 +84,13 @@ class Follower:
         fetcher: of this shard's tiers, where it has some."""
         self.shard, self.number, self.last = shard, number, number == shards - 1
         self._size, self._dtype = hidden_size, getattr(torch, shard.layout.dtype)
-        self._token, self._likeness, self._bank = token, likeness, bank
+        self._token, self._likeness = token, likeness
         self.service = ShardService()
         self.counters = FollowerCounters()
         self.books = Books(shard.arena.num_slots, 0)
         self.keys = HeldKeys()
         self._onward: Onward | None = None
-        self._names: dict[int, int] = {}                 # the leader's uid -> ours, of spans that are or will be lent
-        self._theirs: dict[int, tuple[int, int]] = {}    # the other way round, with the attempt of the Lend
-        self._away: set[int] = set()                     # ours: lent, and not settled yet
-        self._homes: dict[int, SlotId] = {}              # the leader's uid -> slot: home here, perhaps not elsewhere
+        self.loans = loans = FollowerLoans(bank)
         self._parked: set[int] = set()                   # the leader's uids
         self._fetcher = fetcher
         self._wanted: dict[str, dict[BlockKey, None]] = {}     # of a want: what the leader has not heard of yet
@@ -158,8 +100,9 @@ class Follower:
             Step: self._step, Copy: self._copy, Scrub: self._scrub, Spill: self._spill,
             Park: self._park, Unpark: self._unpark,
             Want: self._want, Ask: self._ask, Load: self._load, Drop: self._drop, Forget: self._forget_want,
-            Lend: self._lend, Home: self._home, Landed: self._landed, Settle: self._settle, Books: self._note_books,
-            Keys: lambda session, message: self.keys.change(message.added, message.removed, whole=message.whole),
+            Lend: lambda _, message: loans.lend(message), Home: lambda _, message: loans.home(message),
+            Landed: lambda _, message: loans.landed(message), Settle: lambda _, message: loans.settle(message),
+            Books: self._note_books, Keys: self._note_keys,
         }
 
     def run(self) -> None:
@@ -174,7 +117,7 @@ class Follower:
                 if message is None:
                     self._reset()
                 else:
-                    self._guarded(session, self._obey[type(message)], message)
+                    self._guarded(session, self._command, message)
             if service.arrivals.empty():
                 self._guarded(service.current, self._tell_events, None)
                 if self._fetched and service.current is not None:
@@ -234,6 +177,9 @@ class Follower:
         self.counters.sessions += 1
         session.send(Ready(self.shard.parkable()))
 
+    def _command(self, session: Session, message: Any) -> None:
+        self._obey[type(message)](session, message)
+
     def _reset(self) -> None:
         """Nobody leads: nothing that was held for a leader is wanted any more."""
         if self.service.current is not None:
@@ -244,12 +190,10 @@ class Follower:
         self._onward = None
         for uid in self._parked:
             self.shard.unpark(uid, None)
-        if self._away:
-            self._bank.settle(sorted(self._away), keep=False)
+        self._parked.clear()
+        self.loans.reset()
         for name in list(self._wanted):
             self._forget_want(None, Forget(name))
-        for held in (self._parked, self._away, self._homes, self._names, self._theirs):
-            held.clear()
         self.keys.clear()
         self.books = Books(self.shard.arena.num_slots, 0)
 
@@ -265,7 +209,7 @@ class Follower:
             return rows
 
         with torch.inference_mode():
-            out = self.shard.forward(placed(plan, self._homes, self._names), hidden)
+            out = self.shard.forward(self.loans.placed(plan), hidden)
             if self.last:
                 result = self.shard.finish(plan, out, keep_logits=message.keep_logits)
                 result.lost = dict(self.shard.attention.lost)
@@ -280,7 +224,7 @@ class Follower:
         if result.logits is not None:
             for row in result.logits.cpu():
                 session.send(Logits(plan.step, row.numpy().tobytes()))
-        lost = tuple((self._theirs.get(uid, (uid, 0))[0], why) for uid, why in result.lost.items())
+        lost = tuple((self.loans.theirs(uid), why) for uid, why in result.lost.items())
         session.send(Result(plan.step, tuple(result.tokens), lost, result.remote_calls, result.forward_s,
                             self.shard.parkable()))
         self.counters.steps += 1
@@ -326,6 +270,15 @@ class Follower:
     def _note_books(self, session: Session, message: Books) -> None:
         self.books = message
 
+    def _note_keys(self, session: Session, message: Keys) -> None:
+        self.keys.change(message.added, message.removed, whole=message.whole)
+
+    def _tell_events(self, session: Session | None, _: None) -> None:
+        """Between two commands: a step boundary for this shard's loans."""
+        told = self.loans.take_events()
+        if told and session is not None:
+            session.send(Events(tuple(told)))
+
     # -- tiers -------------------------------------------------------------------------------------------------------
 
     def _want(self, session: Session, message: Want) -> None:
@@ -362,60 +315,3 @@ class Follower:
                 if state != "coming":
                     del keys[key]
                     session.send(Found(name, key, state))
-
-    # -- loans -------------------------------------------------------------------------------------------------------
-
-    def _lend(self, session: Session, message: Lend) -> None:
-        moves = []
-        for uid, slot, keys, tokens, parent in message.moves:
-            mine = self._names[uid] = new_uid()
-            self._theirs[mine] = (uid, message.attempt)
-            moves.append(Move(mine, SlotId(slot), tuple(BlockKey(key) for key in keys), tokens, parent))
-        self._bank.lend_out(moves, tenant=message.tenant, age=message.age)
-
-    def _home(self, session: Session, message: Home) -> None:
-        mine = self._names.get(message.uid)
-        if mine in self._away:                           # else it was lost, and the leader will hear of it
-            self._bank.bring_home(mine, SlotId(message.slot))
-
-    def _landed(self, session: Session, message: Landed) -> None:
-        for uid in message.uids:
-            self._homes.pop(uid, None)
-            self._forget(self._names.get(uid, 0))
-
-    def _settle(self, session: Session, message: Settle) -> None:
-        for uid in message.uids:
-            mine = self._names.get(uid, 0)
-            self._forget(mine)
-            self._homes.pop(uid, None)
-            if mine in self._away:
-                self._away.discard(mine)
-                self._bank.settle([mine], keep=message.keep)
-
-    def _forget(self, mine: int) -> None:
-        uid, _ = self._theirs.pop(mine, (0, 0))
-        if self._names.get(uid) == mine:                 # else the leader has lent the span again since
-            del self._names[uid]
-
-    def _tell_events(self, session: Session | None, _: None) -> None:
-        """Between two commands: flip what waits for a boundary, and tell the leader."""
-        told = []
-        for event in self._bank.poll():
-            mine: int = getattr(event, "uid", 0)
-            uid, attempt = self._theirs.get(mine, (0, 0))
-            if not uid:
-                if isinstance(event, Moved):
-                    self._bank.settle([mine], keep=False)    # for a leader that is gone
-                continue
-            match event:
-                case Moved():
-                    self._away.add(mine)
-                case Stayed() | Lost():
-                    self._away.discard(mine)
-                    self._forget(mine)
-                case Returned(slot=slot):
-                    self._away.discard(mine)
-                    self._homes[uid] = slot
-            told.append(pack_event(attempt, replace(event, uid=uid)))
-        if told and session is not None:
-            session.send(Events(tuple(told)))

@@ -376,9 +376,9 @@ def test_a_bug_in_a_follower_costs_the_jobs_and_not_the_follower(replica, run_jo
     got = run_jobs(chain.engine, JobSpec(id="a", prompt=prompt(50), max_tokens=2))
     assert isinstance(got.errors["a"], Unavailable) and "ZeroDivisionError" in str(got.errors["a"])
     follower.shard.forward = forward
-    follower._bank.poll = lambda: 1 / 0
+    take_events, follower.loans.take_events = follower.loans.take_events, lambda: 1 / 0
     got = run_jobs(chain.engine, JobSpec(id="b", prompt=prompt(50), max_tokens=2))
-    del follower._bank.poll
+    follower.loans.take_events = take_events
     again = run_jobs(chain.engine, JobSpec(id="c", prompt=prompt(50), max_tokens=2, ignore_eos=True))
     assert len(again.tokens["c"]) == 2
 

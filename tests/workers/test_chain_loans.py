@@ -24,8 +24,7 @@ def check_quiet(bank) -> None:
     for member in bank.lenders:
         assert member.vault.counts().lent == 0 and not member.ledger.check() and not member.vault.check()
     for member in bank.followers.values():
-        follower = member.follower
-        assert not follower._names and not follower._theirs and not follower._away and not follower._homes
+        assert member.follower.loans.idle
     assert not bank.worker.chain.homes and not bank.worker.engine._bank._lent
 
 
