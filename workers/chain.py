@@ -103,6 +103,9 @@ class Chain:
             return self._run(plan, keep_logits, time.monotonic() + self.timings.step_s)
         except LinkBroken as error:
             raise self._lost(str(error)) from None
+        except Exception as error:                       # the others may be in the middle of a step that never ends
+            log.exception("chain_step_failed")
+            raise self._lost(f"its leader met {type(error).__name__}") from error
 
     def copy_tokens(self, source: SlotId, target: SlotId, start: int, stop: int) -> None:
         self.local.copy_tokens(source, target, start, stop)
@@ -111,6 +114,9 @@ class Chain:
     def scrub(self, slots: Sequence[SlotId]) -> None:
         self.local.scrub(slots)
         self.send(Scrub(tuple(slots)))
+
+    def forget(self, keys: Sequence[BlockKey]) -> None:
+        self.local.forget(keys)              # a tier hit needs every shard, so this one's miss is everybody's
 
     def spill(self, span: Span) -> None:
         assert span.slot is not None

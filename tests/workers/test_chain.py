@@ -383,6 +383,19 @@ def test_a_bug_in_a_follower_costs_the_jobs_and_not_the_follower(replica, run_jo
     assert len(again.tokens["c"]) == 2
 
 
+def test_a_bug_in_the_leader_leaves_no_shard_in_the_middle_of_a_step(replica, alone, run_jobs, prompt) -> None:
+    text = prompt(400)
+    want = run_jobs(alone(exactness="bitwise"), JobSpec(id="a", prompt=text, max_tokens=4, ignore_eos=True))
+    chain = replica(2, exactness="bitwise")
+    run_jobs(chain.engine, JobSpec(id="x", prompt=text, max_tokens=4, ignore_eos=True))
+    forward, chain.parts.shard.forward = chain.parts.shard.forward, lambda *_: 1 / 0
+    got = run_jobs(chain.engine, JobSpec(id="b", prompt=text, max_tokens=4))
+    assert isinstance(got.errors["b"], Unavailable) and not chain.engine.vault.counts().idle
+    chain.parts.shard.forward = forward
+    again = run_jobs(chain.engine, JobSpec(id="c", prompt=text, max_tokens=4, ignore_eos=True))
+    assert torch.equal(again.logits["c"], want.logits["a"]) and not again.tally["c"].reused
+
+
 def test_shards_that_are_not_alike_refuse_each_other_by_name(replica, run_jobs, prompt) -> None:
     chain = replica(2, timings=ChainTimings(connect_s=0.3))
     chain.members[1].follower._likeness = (("shards", "2"), ("slots", "7"))
