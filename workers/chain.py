@@ -26,12 +26,13 @@ from typing import Any
 
 import torch
 
-from kvbank.kvstore.layout import SlotId
+from kvbank.kvstore.layout import BlockKey, SlotId
 from kvbank.kvstore.span_table import Span
 from kvbank.workers.batch import StepPlan, StepResult
 from kvbank.workers.chain_frames import (
     Ask,
     Copy,
+    Discard,
     Found,
     Hello,
     Keys,
@@ -116,7 +117,8 @@ class Chain:
         self.send(Scrub(tuple(slots)))
 
     def forget(self, keys: Sequence[BlockKey]) -> None:
-        self.local.forget(keys)              # a tier hit needs every shard, so this one's miss is everybody's
+        self.local.forget(keys)
+        self.send(Discard(tuple(keys)))
 
     def spill(self, span: Span) -> None:
         assert span.slot is not None

@@ -1,7 +1,7 @@
 """What the shards of one replica say to each other: typed messages as msgpack on Lead, hidden states on Activate.
 
-    Lead      shard 0 -> every other    Hello, Step, Copy, Scrub, Spill, Park, Unpark, Lend, Home, Landed, Settle,
-                                        Want, Ask, Load, Drop, Forget, Books, Keys
+    Lead      shard 0 -> every other    Hello, Step, Copy, Scrub, Spill, Discard, Park, Unpark, Lend, Home, Landed,
+                                        Settle, Want, Ask, Load, Drop, Forget, Books, Keys
               every other -> shard 0    Ready, Logits, Result, Parked, Events, Found, Failed
     Activate  shard i -> shard i + 1    hidden states of one step, in pieces of at most PIECE_BYTES
 
@@ -11,7 +11,7 @@ A stream keeps the order in which things were said, and that order is all that k
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
@@ -76,6 +76,13 @@ class Spill:
     keys: tuple[bytes, ...]
     tokens: bytes
     parent: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """What this shard's tiers hold under these keys must not be used again."""
+
+    keys: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +254,7 @@ class Failed:
     reason: str
 
 
-Message = (Hello | Step | Copy | Scrub | Spill | Park | Unpark | Lend | Home | Landed | Settle
+Message = (Hello | Step | Copy | Scrub | Spill | Discard | Park | Unpark | Lend | Home | Landed | Settle
            | Want | Ask | Load | Drop | Forget | Books | Keys
            | Ready | Logits | Result | Parked | Events | Found | Failed)
 
@@ -273,7 +280,8 @@ def unpack(data: bytes) -> Any:
         raise ChainFormatError(f"not a message between shards: {type(error).__name__}") from None
 
 
-def pack_event(attempt: int, event: BankEvent) -> tuple[Any, ...]:
+def pack_event(attempt: int, event: Any) -> tuple[Any, ...]:
+    """event: one of _EVENTS."""
     return (attempt, type(event).__name__, *astuple(event))
 
 
@@ -285,7 +293,7 @@ def unpack_event(values: tuple[Any, ...]) -> tuple[int, BankEvent]:
         raise ChainFormatError("not a bank event") from None
 
 
-def pack_moves(moves: list[Move]) -> tuple[tuple[int, int, tuple[bytes, ...], bytes, bytes], ...]:
+def pack_moves(moves: Sequence[Move]) -> tuple[tuple[int, int, tuple[bytes, ...], bytes, bytes], ...]:
     return tuple((move.uid, move.slot, tuple(move.keys), move.tokens, move.parent) for move in moves)
 
 

@@ -70,7 +70,7 @@ class LeadLink:
         self._outbox = Outbox(OUTBOX_LIMIT)
         self._outbox.put(pack(hello))
         self._channel = rpc.channel(address, token)
-        self._call = self._channel.stream_stream(LEAD)(iter(self._outbox))
+        self._call = self._channel.stream_stream(LEAD)(iter(self._outbox))     # type: ignore[arg-type]
         threading.Thread(target=self._read, args=(self._call,), name=f"lead-{self.shard}", daemon=True).start()
         ready = self.answer(Ready, timeout_s=timeout_s)
         self.parkable = ready.parkable
@@ -175,7 +175,8 @@ class Onward:
         self._on_end = on_end
         self.broken = False
         self._channel = rpc.channel(address, token)
-        self._call = self._channel.stream_stream(ACTIVATE)(iter(self._outbox), metadata=[(CHAIN_KEY, chain.hex())])
+        self._call: Any = self._channel.stream_stream(ACTIVATE)(
+            iter(self._outbox), metadata=((CHAIN_KEY, chain.hex()),))          # type: ignore[arg-type]
         threading.Thread(target=self._read, name="activate-out", daemon=True).start()
 
     def send(self, step: int, hidden: Tensor) -> None:

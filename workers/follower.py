@@ -28,6 +28,7 @@ from kvbank.workers.chain_frames import (
     Ask,
     Books,
     Copy,
+    Discard,
     Drop,
     Events,
     Forget,
@@ -98,7 +99,7 @@ class Follower:
         self._stopping = False
         self._obey: dict[type[Any], Callable[[Session, Any], None]] = {
             Step: self._step, Copy: self._copy, Scrub: self._scrub, Spill: self._spill,
-            Park: self._park, Unpark: self._unpark,
+            Discard: self._discard, Park: self._park, Unpark: self._unpark,
             Want: self._want, Ask: self._ask, Load: self._load, Drop: self._drop, Forget: self._forget_want,
             Lend: lambda _, message: loans.lend(message), Home: lambda _, message: loans.home(message),
             Landed: lambda _, message: loans.landed(message), Settle: lambda _, message: loans.settle(message),
@@ -255,6 +256,9 @@ class Follower:
 
     def _spill(self, session: Session, message: Spill) -> None:
         self.shard.spill(unpack_span(0, message.slot, message.keys, message.tokens, message.parent))
+
+    def _discard(self, session: Session, message: Discard) -> None:
+        self.shard.forget([BlockKey(key) for key in message.keys])
 
     def _park(self, session: Session, message: Park) -> None:
         ok = self.shard.park(unpack_span(message.uid, message.slot, message.keys, message.tokens, message.parent))

@@ -99,7 +99,7 @@ class FollowerLoans:
                 case Returned(slot=slot):
                     self._away.discard(mine)
                     self._homes[uid] = slot
-            told.append(pack_event(attempt, replace(event, uid=uid)))
+            told.append(pack_event(attempt, replace(event, uid=uid)))    # type: ignore[arg-type]  # those have one
         return told
 
     def placed(self, plan: StepPlan) -> StepPlan:
