@@ -101,12 +101,16 @@ class Vault:
             self._held.update((span.uid, span) for span in spans)
         return spans
 
-    def hold(self, span: Span) -> None:
-        """One more reader. An idle span is no longer evictable."""
+    def hold(self, span: Span) -> bool:
+        """One more reader: an idle span is no longer evictable. False: it was lent or dropped since it was found, which a
+        lending thread may do at any time before this."""
         with self.lock:
+            if span.place == GONE or (span.place == LOCAL and span.uid not in self._held and span.uid not in self._idle):
+                return False
             span.refs += 1
             if self._idle.pop(span.uid, None) is not None:
                 self._held[span.uid] = span
+            return True
 
     def release(self, span: Span) -> bool:
         """One reader less. True when nobody reads it any more and it is not LOCAL: the caller settles or drops it."""

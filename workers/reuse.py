@@ -9,7 +9,7 @@ Knows keys and places; decides nothing about whose turn it is. Engine thread onl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from kvbank.kvstore.hashing import block_keys
 from kvbank.kvstore.layout import BlockKey
@@ -174,7 +174,8 @@ class Reuse:
             return False
         hit = hits[0]
         if hit.blocks == self._bps and seq.table.at(index) is None:
-            self._vault.hold(hit.span)
+            if not self._vault.hold(hit.span):
+                return False
             seq.table.put(index, hit.span)
             self._credit(seq, start, start + self._span, SOURCE[hit.span.place])
             return True
@@ -183,18 +184,17 @@ class Reuse:
     def _copy_blocks(self, seq: Sequence, index: int, hole: int, hit: Hit) -> bool:
         """Only part of a span is common: its blocks are copied into a span of our own."""
         mine = seq.table.at(index)
-        if hit.span.place != LOCAL or hit.span is mine:
+        if hit.span.place != LOCAL or hit.span is mine or not self._vault.hold(hit.span):
             return False
-        if mine is None:
-            self._vault.hold(hit.span)         # taking a slot must not evict what we are about to copy
-            try:
-                (mine,) = self._vault.new_spans(1)
-            finally:
-                self._vault.release(hit.span)
-            seq.table.put(index, mine)
         start, stop = index * self._span, index * self._span + hit.blocks * self._block
-        assert hit.span.slot is not None and mine.slot is not None
-        self._backend.copy_tokens(hit.span.slot, mine.slot, hole - start, stop - start)
+        try:                                   # held until copied: neither our own slot nor a loan may evict it
+            if mine is None:
+                (mine,) = self._vault.new_spans(1)
+                seq.table.put(index, mine)
+            assert hit.span.slot is not None and mine.slot is not None
+            self._backend.copy_tokens(hit.span.slot, mine.slot, hole - start, stop - start)
+        finally:
+            self._vault.release(hit.span)
         self._credit(seq, hole, stop, "device")
         self.publish(seq, hole, stop)
         return True
@@ -242,14 +242,23 @@ class Reuse:
         for end in range(usable // self._bps, 0, -1):
             first = max(0, (end * self._span - self._window + 1) // self._span)
             spans = [self._vault.index.find(seq.keys[(i + 1) * self._bps - 1]) for i in range(first, end)]
-            if all(span is not None and len(span.keys) == self._bps for span in spans):
+            if all(span is not None and len(span.keys) == self._bps for span in spans) and self._hold_all(spans):
                 for index, span in enumerate(spans, first):
-                    assert span is not None
-                    self._vault.hold(span)
                     seq.table.put(index, span)
                 seq.table.released = first
                 self._credit(seq, 0, end * self._span, "device")
                 return
+
+    def _hold_all(self, spans: Iterable[Span | None]) -> bool:
+        """All of them or none."""
+        held: list[Span] = []
+        for span in spans:
+            if span is None or not self._vault.hold(span):
+                for one in held:
+                    self._vault.release(one)
+                return False
+            held.append(span)
+        return True
 
     # -- bookkeeping -------------------------------------------------------------------------------------------------
 

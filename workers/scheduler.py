@@ -213,10 +213,13 @@ class Scheduler:
         short = len(needed) - self.vault.num_free
         if short > 0:
             self._make_room(seq, short)
-        take = min(len(needed), self.vault.num_free)
-        for index, span in zip(needed, self.vault.new_spans(take), strict=False):
+        for index in needed:
+            try:
+                (span,) = self.vault.new_spans(1)
+            except OutOfSlots:                          # also when a lending thread was faster
+                return max(start, index * self._span)
             seq.table.put(index, span)
-        return stop if take == len(needed) else min(stop, max(start, needed[take] * self._span))
+        return stop
 
     def _lend_ahead(self, seq: Sequence, stop: int) -> None:
         """A long prompt will need more slots than there are: start lending now, behind this step's compute."""
