@@ -115,11 +115,13 @@ def per_step(client: Client, prompt: list[int]) -> dict[str, float]:
     time.sleep(WATCHED_S)
     last = client.status().workers[0].counters
     job.cancel()
-    steps = last["steps"] - first["steps"]
-    assert steps > 0, "the job ended before it was watched"
-    gone = {name: (last[name] - first[name]) / steps for name in ("attend_bytes_sent", "attend_bytes_received", "step_s")}
-    return {"bytes_per_step": round(gone["attend_bytes_sent"] + gone["attend_bytes_received"]),
-            "worker_step_ms": round(gone["step_s"] * 1e3, 2), "steps_watched": steps}
+    names = ("steps", "step_s", "remote_attention_calls", "attend_bytes_sent", "attend_bytes_received")
+    more = {name: last[name] - first[name] for name in names}
+    assert more["steps"] > 0, "the job ended before it was watched"
+    calls = round(more["remote_attention_calls"] / more["steps"])    # one per layer and lender; the looks fall into steps
+    per_call = (more["attend_bytes_sent"] + more["attend_bytes_received"]) / max(1.0, more["remote_attention_calls"])
+    return {"calls_per_step": calls, "bytes_per_step": round(per_call * calls), "steps_watched": more["steps"],
+            "worker_step_ms": round(more["step_s"] / more["steps"] * 1e3, 2)}
 
 
 # -- the gain ----------------------------------------------------------------------------------------------------------
