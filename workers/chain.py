@@ -215,7 +215,7 @@ class Chain:
             mine.remote_calls += result.remote_calls
             mine.tokens = list(result.tokens)              # of the last one in the end
             for uid, why in result.lost:
-                mine.lost.setdefault(uid, why)
+                mine.lost[uid] = why if why == "tainted" else mine.lost.get(uid, why)     # the worst of all
                 lost.setdefault(uid, set()).add(link.shard)
         if lost:
             self.on_lost(lost)

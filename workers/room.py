@@ -35,6 +35,9 @@ from kvbank.workers.seams import (
 from kvbank.workers.sequence import Sequence
 
 
+TAINTED = "tainted"                        # reason of a loss: wrong bytes may have been used, not only lost
+
+
 class Room:
     """One per engine."""
 
@@ -54,6 +57,7 @@ class Room:
         self.parked: dict[int, Span] = {}          # HOST, by uid
         self._returning: dict[int, SlotId] = {}    # REMOTE, a copy is on its way home into this slot
         self.adopt_ended: list[str] = []
+        self.spoiled: list[Sequence] = []          # answered from bytes that turned out wrong: they fail
         self.preemptions = 0
 
     # -- making room -------------------------------------------------------------------------------------------------
@@ -168,11 +172,38 @@ class Room:
         span.place = GONE
         for seq in self._running():
             for index, held in seq.table.live():
-                if held is span:
+                if held is span and reason == TAINTED:
+                    self._taint(seq, index)
+                elif held is span:
                     lost = seq.table.lose(index, seq.num_tokens)
                     seq.lost.add(index * seq.table.span_tokens, index * seq.table.span_tokens + lost)
                     seq.loss_reason = reason
                     self._reopen_window(seq)
+
+    def _taint(self, seq: Sequence, index: int) -> None:
+        """Wrong bytes may have been read: all KV from here on is forgotten everywhere. A job that answered from it fails;
+        one that has not is computed again from the last verified position."""
+        start = index * seq.table.span_tokens
+        spans = [span for at, span in seq.table.live() if at >= index]
+        keys = [key for span in spans for key in span.keys]
+        for span in spans:
+            self._vault.index.withdraw(span)
+            self.away.pop(span.uid, None)
+            if span.place == HOST and self.parked.pop(span.uid, None) is not None:
+                self._backend.unpark(span.uid, None)
+            if span.place == REMOTE:
+                self._bank.settle([span.uid], keep=False)
+                span.place = GONE
+            if self._vault.release(span):
+                span.place = GONE
+        self._backend.forget(keys)
+        for at in range(index, len(seq.table.spans)):
+            seq.table.put(at, None)
+        seq.table.holes.add(start, seq.num_tokens)
+        seq.lost.add(start, seq.num_tokens)
+        seq.loss_reason = TAINTED
+        if seq.num_output > len(seq.job.emitted):
+            self.spoiled.append(seq)
 
     def _reopen_window(self, seq: Sequence) -> None:
         """Replaying under a sliding window needs KV that was let go: start over from position 0."""

@@ -95,6 +95,9 @@ class Scheduler:
                 gone.append((seq, Unavailable(
                     f"no room for {self.config.stall_s:.0f} s: the job has {len(seq.table.live())} spans of {self._span} "
                     f"tokens and waits for {seq.waits_for or 'slots'}; add lenders, device_blocks or host_bytes")))
+        spoiled = "KV that this answer was made from turned out wrong; what came of it is withdrawn: submit the job again"
+        gone += [(seq, KVBankError(spoiled)) for seq in self.room.spoiled if seq.state == RUNNING]
+        self.room.spoiled.clear()
         for seq, _ in gone:
             self.remove(seq)
         return gone

@@ -35,6 +35,9 @@ class Backend(Protocol):
     def spill(self, span: Span) -> None:
         """A copy of a LOCAL span's full blocks goes to the tiers."""
 
+    def forget(self, keys: Sequence[BlockKey]) -> None:
+        """What the tiers hold under these keys must not be used again."""
+
     def park(self, span: Span) -> bool:
         """Copy a full LOCAL span to the host tier, pinned under its uid; False when that has no room for it."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvbank.kernels.block_copy import block_copy
 from kvbank.kvstore.frame import FrameHeader, encode
-from kvbank.kvstore.layout import Layout, SlotId
+from kvbank.kvstore.layout import BlockKey, Layout, SlotId
 from kvbank.kvstore.span_table import Span
 from kvbank.kvstore.tiers.host_tier import Held, HostTier
 from kvbank.kvstore.vault import Arena
@@ -40,6 +40,8 @@ class Shelf(Protocol):
     """Where spilled frames go (kvstore/store.py)."""
 
     def put(self, frames: Sequence[tuple[FrameHeader, Any]]) -> Any: ...
+
+    def drop(self, keys: Sequence[bytes]) -> None: ...
 
 
 class LocalShard:
@@ -113,6 +115,10 @@ class LocalShard:
             self._shelf.put([(self._header(span), self._payload(span.slot))])
         else:
             self._shelf.put([self._block_frame(span, number) for number in range(len(span.keys))])
+
+    def forget(self, keys: Sequence[BlockKey]) -> None:
+        if self._shelf is not None:
+            self._shelf.drop(keys)
 
     def parkable(self) -> int:
         if self._host is None:
