@@ -197,3 +197,34 @@ def test_followers_report_what_they_borrow_and_their_leaders_books(town, prompt)
         bank.worker.engine.step()
     status = bank.followers[1].status()
     assert status.blocks_borrowed == status.blocks_lent == 0 and status.blocks_free == status.blocks_total
+
+
+def test_followers_report_the_keys_their_leader_reports(town, prompt) -> None:
+    """Placement counts a prefix as far as all shards report it."""
+    bank = town(lenders=0, shards=3, device_blocks=80)
+
+    def reported(full: bool) -> list[set[bytes]]:
+        led = bank.worker.report(full)
+        give_up = time.monotonic() + 5
+        told = [dict.fromkeys(_keys(led["keys_added"]))] + [{} for _ in bank.followers]
+        while any(set(more) != set(told[0]) for more in told[1:]) and time.monotonic() < give_up:
+            bank.worker.engine.step()
+            for mine, follower in zip(told[1:], bank.followers.values(), strict=True):
+                mine.update(dict.fromkeys(_keys(follower.report(False)["keys_added"])))
+        return [set(keys) for keys in told]
+
+    bank.run(JobSpec(id="a", prompt=prompt(600), max_tokens=2, ignore_eos=True))
+    first = reported(full=False)
+    assert len(first[0]) == 600 // 16 and first[1] == first[2] == first[0]
+    bank.run(JobSpec(id="b", prompt=prompt(1100, 1), max_tokens=2, ignore_eos=True))       # drives most of them out
+    bank.worker.report(False)
+    bank.worker.engine.step()
+    held = set(_keys(bank.worker.report(True)["keys_added"]))
+    give_up = time.monotonic() + 5
+    while set(_keys(bank.followers[1].report(True)["keys_added"])) != held:
+        assert time.monotonic() < give_up
+        bank.worker.engine.step()
+
+
+def _keys(joined: bytes) -> list[bytes]:
+    return [joined[at : at + 32] for at in range(0, len(joined), 32)]
