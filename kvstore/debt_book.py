@@ -203,6 +203,11 @@ class DebtBook:
         """Law 5: something is borrowed, or a Borrow is in flight."""
         return any(lender.loans for lender in self._lenders.values())
 
+    def avoids(self, now: float, lender: Boot) -> bool:
+        """That life of a lender would not be asked now: it refused, recalled or stayed silent a moment ago."""
+        known = self._lenders.get(lender)
+        return known is not None and now < known.avoid_until
+
     def check(self) -> list[str]:
         """Broken laws, in words; empty when all is well."""
         wrong = []
@@ -614,6 +619,7 @@ class DebtBook:
         for lender in list(self._lenders.values()):
             for loan in [loan for loan in lender.loans.values() if loan.state == ASKED]:
                 if loan.give_up_at <= now:
+                    lender.avoid_until = max(lender.avoid_until, now + self.timings.quarantine_s)
                     self._unask(now, lender, loan, "give_up")
                 elif loan.retry_at <= now:
                     loan.retry_at = now + self.timings.borrow_retry_s

@@ -109,7 +109,10 @@ class Borrower:
     # -- seams.Bank --------------------------------------------------------------------------------------------------
 
     def lendable(self) -> int:
-        return max(0, sum(lender.lendable for lender in self._lenders()) - self._asked)
+        assert self._banker is not None and self._banker.book is not None
+        book, now = self._banker.book, self._banker.now()
+        free = sum(lender.lendable for lender in self._lenders() if not book.avoids(now, lender.boot))
+        return max(0, free - self._asked)
 
     def lend_out(self, moves: Sequence[Move], *, tenant: str, age: float) -> None:
         with self._lock:

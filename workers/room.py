@@ -192,6 +192,8 @@ class Room:
             if span.place == HOST and self.parked.pop(span.uid, None) is not None:
                 self._backend.unpark(span.uid, None)
             if span.place == REMOTE:
+                if (slot := self._returning.pop(span.uid, None)) is not None:
+                    self._vault.blank_slots([slot])
                 self._bank.settle([span.uid], keep=False)
                 span.place = GONE
             if self._vault.release(span):
@@ -202,7 +204,7 @@ class Room:
         seq.table.holes.add(start, seq.num_tokens)
         seq.lost.add(start, seq.num_tokens)
         seq.loss_reason = TAINTED
-        if seq.num_output > len(seq.job.emitted):
+        if seq.num_output > len(seq.job.emitted) and seq not in self.spoiled:
             self.spoiled.append(seq)
 
     def _reopen_window(self, seq: Sequence) -> None:
@@ -264,6 +266,10 @@ class Room:
         """The RETURN rungs: a free slot of ours, else drop it and replay it when there is room."""
         span = self.away.get(event.uid)
         if span is None or event.uid in self._returning:
+            return
+        if not span.refs:                           # adopted, and nobody has come to read it yet: not worth a slot
+            self.lose(event.uid, "recalled")
+            self._bank.settle([event.uid], keep=False)
             return
         try:
             (slot,) = self._vault.take_slots(1)

@@ -85,22 +85,35 @@ class Scheduler:
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def expire(self, now: float) -> list[tuple[Sequence, KVBankError]]:
-        """Jobs that are past their deadline, or made no progress for too long without one."""
+        """Jobs that are past their deadline, and the oldest of those without one that made no progress for too long."""
         gone: list[tuple[Sequence, KVBankError]] = []
         for seq in [*self.running, *self.waiting]:
             if seq.deadline is not None and now >= seq.deadline:
                 late = f"the deadline of {seq.job.deadline_s:.3g} s passed after {seq.num_output} tokens"
                 gone.append((seq, DeadlineExceeded(late)))
-            elif seq.deadline is None and seq.state == RUNNING and now - seq.progress_at > self.config.stall_s:
-                gone.append((seq, Unavailable(
-                    f"no room for {self.config.stall_s:.0f} s: the job has {len(seq.table.live())} spans of {self._span} "
-                    f"tokens and waits for {seq.waits_for or 'slots'}; add lenders, device_blocks or host_bytes")))
+        if (stuck := self._stuck(now)) is not None:
+            gone.append((stuck, Unavailable(
+                f"no room for {self.config.stall_s:.0f} s: the job has {len(stuck.table.live())} spans of {self._span} "
+                f"tokens and waits for {stuck.waits_for or 'slots'}; add lenders, device_blocks or host_bytes")))
+            for seq in self.running:
+                seq.progress_at = now                   # what it leaves behind is theirs now
         spoiled = "KV that this answer was made from turned out wrong; what came of it is withdrawn: submit the job again"
         gone += [(seq, KVBankError(spoiled)) for seq in self.room.spoiled if seq.state == RUNNING]
         self.room.spoiled.clear()
         for seq, _ in gone:
             self.remove(seq)
         return gone
+
+    def _stuck(self, now: float) -> Sequence | None:
+        """The oldest job without a deadline that does not get on. Who waits for what older jobs have or compute gets on
+        when they do."""
+        progress_at = float("-inf")
+        for seq in self.running:
+            progress_at = max(progress_at, seq.progress_at)
+            since = seq.progress_at if seq.waits_for == "fetch" else progress_at
+            if seq.deadline is None and now - since > self.config.stall_s:
+                return seq
+        return None
 
     def next_plan(self, now: float) -> StepPlan | None:
         """The next step's work; None when nobody can compute now (`waits_for` says why)."""
