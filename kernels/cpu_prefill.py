@@ -9,6 +9,8 @@ a few per cent, and buys calls over thousands of keys at once.
 
 Anything else (a window, scattered positions, missing spans) goes the general way: spans that every row sees whole in
 calls without mask, the others in calls with an additive mask made from positions.
+
+float32 chunks go another way where they can: only the squares by the fused op, all else as products (cpu_products.py).
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ import torch
 from torch import Tensor
 
 from kvbank.kernels.cpu_attention import SlotRows, flash
+from kvbank.kernels.cpu_products import ExpSums, has_products
 from kvbank.kernels.segments import Geometry, Segment
 
 STAGED_TOKENS = 8192                         # keys gathered at once: bounds the staging buffer
 CAUSAL_ROWS = 128                            # rows of a causal square
+PRODUCT_ROWS = 64                            # rows from which plain products beat the fused op
 
 _Partial = tuple[Tensor, Tensor]
 
@@ -71,15 +75,57 @@ class ChunkAttention:
         """q [all rows, H, d] -> out [T, H, d] and lse [T, H] of this segment's rows, float32."""
         g = self._geometry
         query = q[self.rows].unflatten(1, (g.kv_heads, g.group)).permute(1, 2, 0, 3)       # [Hk, G, T, d]
+        merged = self._products(query, kv, scale) if self._by_products(q) else None
+        if merged is None:
+            merged = self._fused(query, kv, scale)
+        out, lse = merged
+        return out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
+
+    def _by_products(self, q: Tensor) -> bool:
+        rows = self.rows.stop - self.rows.start
+        last = self._parts[-1]
+        below = len(self._parts) > 1 or last.past or rows > CAUSAL_ROWS      # else there are only squares
+        return bool(below and last.own and rows >= PRODUCT_ROWS and q.dtype == torch.float32 and has_products())
+
+    def _products(self, query: Tensor, kv: Tensor, scale: float) -> _Partial | None:
+        """None: scores out of range, `_fused` must do it."""
+        *others, last = self._parts
+        keys, values = self._gather(last, kv)
+        own_keys, own_values = keys[:, last.past :], values[:, last.past :]
+        out, lse = _squares(query, own_keys, own_values, scale)
+        sums, rows = ExpSums(query, lse, scale), query.shape[2]
+        for stop in range(CAUSAL_ROWS, rows, CAUSAL_ROWS):
+            own = slice(stop - CAUSAL_ROWS, stop)
+            sums.add(own_keys[:, own], own_values[:, own], first_row=stop)
+        sums.add(keys[:, : last.past], values[:, : last.past])
+        for part in others:
+            sums.add(*self._gather(part, kv))
+        return sums.join(out, lse)
+
+    def _gather(self, part: Part, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [Hk, tokens, d], until the next gather."""
+        staged = part.slots.gather(kv, self._staging.room(part.num_slots, kv), heads_first=True).flatten(2, 3)
+        return staged[0], staged[1]
+
+    def _fused(self, query: Tensor, kv: Tensor, scale: float) -> _Partial:
+        group = self._geometry.group
         merged: _Partial | None = None
         for part in self._parts:
-            staged = part.slots.gather(kv, self._staging.room(part.num_slots, kv), heads_first=True)
-            keys, values = (x.flatten(1, 2)[:, None].expand(-1, g.group, -1, -1) for x in staged)
+            keys, values = (x[:, None].expand(-1, group, -1, -1) for x in self._gather(part, kv))
             partial = _attend(part, query, keys, values, scale)                            # G heads read one KV head
             merged = partial if merged is None else _merge(merged, partial)
         assert merged is not None, "a segment that sees nothing is not run"
-        out, lse = merged
-        return out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
+        return merged
+
+
+def _squares(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> _Partial:
+    """Row t over the keys of its own tile of CAUSAL_ROWS, up to t. keys, values: [Hk, T or more, d]."""
+    done = []
+    for start in range(0, query.shape[2], CAUSAL_ROWS):
+        tile = query[:, :, start : start + CAUSAL_ROWS]
+        own = (x[:, None, start : start + tile.shape[2]].expand(-1, query.shape[1], -1, -1) for x in (keys, values))
+        done.append(_fused(tile, *own, scale, causal=True))
+    return torch.cat([out for out, _ in done], dim=2), torch.cat([lse for _, lse in done], dim=2)
 
 
 def _attend(part: Part, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> _Partial:
