@@ -53,7 +53,7 @@ def test_a_lender_killed_during_decode(cluster, big, text, until) -> None:
 
 
 def test_a_model_worker_killed_during_eight_streams(cluster, big, text) -> None:
-    jobs = [{"prompt": text(300 + 20 * i, i), "max_tokens": 120, "ignore_eos": True,
+    jobs = [{"prompt": text(300 + 20 * i, i), "max_tokens": 300, "ignore_eos": True,
              **({"temperature": 0.9, "top_p": 0.95, "seed": 100 + i} if i % 2 else {})} for i in range(8)]
     want = [big.generate(**job).token_ids for job in jobs]
     town = cluster(workers=2, lenders=0, device_blocks=512)
@@ -73,6 +73,7 @@ def test_a_model_worker_killed_during_eight_streams(cluster, big, text) -> None:
             streams = [pool.submit(follow, handle) for handle in handles]
             started.wait(60)
             busy = [w.id for w in client.status().workers if w.kind == "model" and w.blocks_used]
+            assert busy, "all streams ended before the fault"
             os.kill(town.processes[busy[0]], signal.SIGKILL)
             got = [stream.result(120) for stream in streams]
     assert got == want
