@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 
 BULK_THREADS = 2
 MAX_SLEEP_S = 1.0
+FAILED_PAUSE_S = 0.1                         # after a bug, so that it does not spin
 
 
 def new_boot() -> Boot:
@@ -356,20 +357,27 @@ class Banker:
 
     def _run_timers(self) -> None:
         while not self._stopping:
-            with self._lock:
-                now = self._clock()
-                wakes = [core.wake_at() for core in (self.ledger, self.book) if core is not None]
-                self._dirty = False
-            wait = min([MAX_SLEEP_S, *(at - now for at in wakes)])
-            if wait > 0:
-                with self._timer:
-                    if not self._dirty and not self._stopping:
-                        self._timer.wait(wait)
-                continue
-            if self.ledger is not None:
-                self.tell_ledger(Tick())
-            if self.book is not None:
-                self._hand_over(self.tell_book(Tick()))
+            try:
+                self._wait_or_tick()
+            except Exception:                           # without this thread nothing is renewed: every loan would end
+                log.exception("bank timers failed")
+                threading.Event().wait(FAILED_PAUSE_S)
+
+    def _wait_or_tick(self) -> None:
+        with self._lock:
+            now = self._clock()
+            wakes = [core.wake_at() for core in (self.ledger, self.book) if core is not None]
+            self._dirty = False
+        wait = min([MAX_SLEEP_S, *(at - now for at in wakes)])
+        if wait > 0:
+            with self._timer:
+                if not self._dirty and not self._stopping:
+                    self._timer.wait(wait)
+            return
+        if self.ledger is not None:
+            self.tell_ledger(Tick())
+        if self.book is not None:
+            self._hand_over(self.tell_book(Tick()))
 
 
 def _chain(header: bytes, pieces: Iterable[bytes]) -> Iterable[bytes]:

@@ -9,6 +9,7 @@ Translates and remembers where each lent span is; every decision is the book's. 
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,8 @@ from kvbank.kvstore.vault import Arena
 from kvbank.workers.remote_attention import Ref as SlotRef
 from kvbank.workers.remote_attention import StreamBroken
 from kvbank.workers.seams import Adopted, AdoptEnded, BankEvent, Lost, Move, Moved, MustReturn, Returned, Stayed, StayedAway
+
+log = logging.getLogger(__name__)
 
 REMEMBERED = 8192                            # spans left at lenders whose place we remember
 
@@ -56,17 +59,17 @@ class HotAdapter:
     """A HotLink that fails in the words of workers.remote_attention."""
 
     def __init__(self, link: HotLink) -> None:
-        self._link = link
+        self.link = link
 
     def send(self, message: bytes) -> None:
         try:
-            self._link.send(message)
+            self.link.send(message)
         except HotEnded as error:
             raise StreamBroken(f"lender_{error.reason}") from error
 
     def receive(self) -> bytes:
         try:
-            return self._link.receive()
+            return self.link.receive()
         except HotEnded as error:
             raise StreamBroken(f"lender_{error.reason}") from error
 
@@ -86,6 +89,7 @@ class Borrower:
         self._banker: Banker | None = None
         self._names: dict[Boot, str] = {}
         self._boots: dict[str, Boot] = {}
+        self._streams: dict[str, HotAdapter] = {}
         self._where: dict[int, Ref] = {}
         self._moves: dict[int, Move] = {}
         self._homes: dict[int, _Home] = {}
@@ -127,7 +131,7 @@ class Borrower:
         if self._locate is None or not keys:
             return False
         self._asking[job] = set()
-        self._finder.submit(self._find, job, list(keys), tenant, age)
+        self._finder.submit(self._found, job, list(keys), tenant, age)
         return True
 
     def bring_home(self, uid: int, slot: SlotId) -> None:
@@ -174,11 +178,15 @@ class Borrower:
         assert self._banker is not None
         boot, banker = self._boots[lender], self._banker
         try:
-            return HotAdapter(banker.links.hot(
+            link = banker.links.hot(
                 boot, slow_s=self._timings.attend_hedge_s, lost_s=self._timings.attend_lost_s,
-                on_slow=lambda: self._tell(loans.AttendSlow(boot))))
+                on_slow=lambda: self._tell(loans.AttendSlow(boot)))
         except HotEnded as error:
             raise StreamBroken(f"lender_{error.reason}") from error
+        adapter = self._streams.get(lender)
+        if adapter is None or adapter.link is not link:
+            adapter = self._streams[lender] = HotAdapter(link)
+        return adapter
 
     def silent(self, lender: str, reason: str) -> None:
         self._tell(loans.AttendSilent(self._boots[lender]))
@@ -239,8 +247,16 @@ class Borrower:
     def _name(self, boot: Boot) -> str:
         return self._names.get(boot, boot.hex()[:8])
 
+    def _found(self, job: str, keys: list[BlockKey], tenant: str, age: float) -> None:
+        """Own thread: look for holders; whatever happens, the job hears of an end."""
+        try:
+            self._find(job, keys, tenant, age)
+        except Exception:                                    # a thread without anybody above it; the job computes instead
+            log.exception("looking for peers failed job=%s", job)
+            self.from_banker([AdoptEnded(job)])
+
     def _find(self, job: str, keys: list[BlockKey], tenant: str, age: float) -> None:
-        """Own thread: who holds which keys; then the book asks them."""
+        """Who holds which keys; then the book asks them."""
         assert self._locate is not None
         holders: dict[BlockKey, Boot] = {}
         for lender, held in self._locate(keys):

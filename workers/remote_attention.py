@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvbank.kvstore.transport.hot import Attend, HotPlan, Layer, Partial, PlanItem, Want, unpack
+from kvbank.kvstore.transport.hot import Attend, HotFormatError, HotPlan, Layer, Partial, PlanItem, Want, unpack
 from kvbank.workers.attend import AttentionShape, RemoteReply
 from kvbank.workers.batch import StepPlan
 
@@ -53,7 +53,7 @@ class Lendings(Protocol):
         """(lender id, ref) of a REMOTE span; None when it is no longer readable."""
 
     def stream(self, lender: str) -> HotStream:
-        """Open or reuse. Raises StreamBroken."""
+        """Open or reuse: the same object for as long as the lender remembers what it was told on it. Raises StreamBroken."""
 
     def stale(self, uids: Sequence[int]) -> None:
         """The lender says that these promises have ended."""
@@ -97,6 +97,8 @@ class RemoteAttention:
         self._known: dict[tuple[object, ...], int] = {}     # content of a plan -> its id at that lender's stream
         self._parts: list[_Part] = []
         self._broken: dict[str, str] = {}
+        self._streams: dict[str, HotStream] = {}            # of this step: one that breaks is not replaced within it
+        self._told: dict[str, HotStream] = {}               # the stream that knows our plans
         self._step = 0
         self.calls = 0
         self.bytes_sent = 0
@@ -104,7 +106,9 @@ class RemoteAttention:
 
     def begin(self, plan: StepPlan) -> None:
         self._step = plan.step
+        self._segment_rows = [rows.num_rows for rows in plan.rows]
         self._broken = {}
+        self._streams = {}
         self._unplaced: dict[int, str] = {}
         self._early = {}
         self._parts = []
@@ -148,6 +152,8 @@ class RemoteAttention:
             else:
                 self._unfold(part, answer, reply, pieces)
         for key, found in pieces.items():
+            if sum(len(out) for _, out, _ in found) < self._segment_rows[key[0]]:
+                continue                     # part of this piece is lost, and so are the rows that asked for it
             found.sort(key=lambda piece: piece[0])
             reply.nodes[key] = (torch.cat([out for _, out, _ in found]), torch.cat([lse for _, _, lse in found]))
         lost.update(self._unplaced)
@@ -219,6 +225,8 @@ class RemoteAttention:
 
     def _announce(self, part: _Part) -> None:
         """Send the plan unless this stream knows it already: in decode it seldom changes."""
+        if self._stream(part.lender) is None:
+            return
         key = (part.lender, part.plan.items)
         known = self._known.get(key)
         fresh = next(self._plan_ids) if known is None else known
@@ -232,12 +240,25 @@ class RemoteAttention:
 
     # -- talking --------------------------------------------------------------------------------------------------------------
 
+    def _stream(self, lender: str) -> HotStream | None:
+        """This step's stream to a lender; None when it is broken. What a former stream was told, a new one is told again."""
+        if lender not in self._streams and lender not in self._broken:
+            try:
+                stream = self._streams[lender] = self._lendings.stream(lender)
+            except StreamBroken as error:
+                self._break(lender, error.reason)
+                return None
+            if self._told.get(lender) is not stream:
+                self._told[lender] = stream
+                self._forget_plans(lender)
+        return None if lender in self._broken else self._streams[lender]
+
     def _send(self, lender: str, message: bytes) -> None:
-        if lender in self._broken:
+        if (stream := self._stream(lender)) is None:
             return
         self.bytes_sent += len(message)
         try:
-            self._lendings.stream(lender).send(message)
+            stream.send(message)
         except StreamBroken as error:
             self._break(lender, error.reason)
 
@@ -246,9 +267,9 @@ class RemoteAttention:
         wanted = (part.lender, part.plan.plan, layer)
         try:
             while wanted not in self._early:
-                if part.lender in self._broken:
+                if (stream := self._stream(part.lender)) is None:
                     return None
-                data = self._lendings.stream(part.lender).receive()
+                data = stream.receive()
                 answer = unpack(data, lse_per_row=heads, out_per_row=heads * dim)
                 assert isinstance(answer, (Partial, Layer))
                 self.bytes_received += len(data)
@@ -257,14 +278,21 @@ class RemoteAttention:
         except StreamBroken as error:
             self._break(part.lender, error.reason)
             return None
+        except HotFormatError:
+            self._break(part.lender, "lender_garbled")
+            return None
         self.calls += 1
         return self._early.pop(wanted)
 
     def _break(self, lender: str, reason: str) -> None:
         self._broken[lender] = reason
+        self._told.pop(lender, None)
+        self._forget_plans(lender)
+        self._lendings.silent(lender, reason)
+
+    def _forget_plans(self, lender: str) -> None:
         for key in [key for key in self._known if key[0] == lender]:
             del self._known[key]
-        self._lendings.silent(lender, reason)
 
     # -- reading --------------------------------------------------------------------------------------------------------------
 

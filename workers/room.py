@@ -34,7 +34,6 @@ from kvbank.workers.seams import (
 )
 from kvbank.workers.sequence import Sequence
 
-
 TAINTED = "tainted"                        # reason of a loss: wrong bytes may have been used, not only lost
 
 

@@ -45,8 +45,8 @@ def made(tokens: int = 8):
     seq = Sequence(JobSpec(id="a", prompt=list(range(tokens)), max_tokens=4), 4, 2, now=0.0)
     seq.keys = [bytes([i]) * 32 for i in range(tokens // 2)]
     seq.state = RUNNING
-    room = Room(vault, Nothing(), bank, blocks_per_span=2, running=lambda: [seq], queued=lambda: [],
-                preemptable=lambda: [], preempt=lambda seq: None)
+    room = Room(vault, Nothing(), bank, blocks_per_span=2, running=lambda: [seq], queued=list,
+                preemptable=list, preempt=lambda seq: None)
     return vault, bank, seq, room
 
 
@@ -61,7 +61,7 @@ def test_an_adopted_span_that_is_recalled_before_anybody_reads_it_takes_no_slot(
 
 
 def test_a_tainted_span_on_its_way_home_gives_its_slot_back() -> None:
-    vault, bank, seq, room = made()
+    vault, _, seq, room = made()
     remote = [Span(slot=None, place=REMOTE, keys=seq.keys[i * 2 : i * 2 + 2], refs=1) for i in range(2)]
     for index, span in enumerate(remote):
         seq.table.put(index, span)
