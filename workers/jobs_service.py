@@ -65,11 +65,13 @@ class JobsService:
         waiting: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
         self._queues[name] = waiting
         reasons: list[str] = []
-        context.add_callback(lambda: self._engine.cancel(name))
-        Thread(target=self._read_cancel, args=(requests, name, reasons), daemon=True, name="submit-reader").start()
-        self._engine.add(spec)
-        yield pb.SubmitReply(accepted=pb.Accepted(worker=self._id))
         try:
+            self._engine.add(spec)                   # first: a cancel that came before its job would be forgotten
+            if not context.add_callback(lambda: self._engine.cancel(name)):
+                self._engine.cancel(name)            # the caller has gone already
+                return
+            Thread(target=self._read_cancel, args=(requests, name, reasons), daemon=True, name="submit-reader").start()
+            yield pb.SubmitReply(accepted=pb.Accepted(worker=self._id))
             yield from self._stream(waiting, spec, reasons)
         except BackendLost as lost:                  # as if this worker had died: not a word about the job, so it goes on
             context.abort(grpc.StatusCode.UNAVAILABLE, str(lost))
@@ -122,7 +124,7 @@ class JobsService:
                 if isinstance(event.error, BackendLost):
                     raise event.error
                 receipt = self._receipt(event.tally, spec, outputs)
-                if isinstance(event.error, Cancelled) and reasons == ["stop"]:
+                if isinstance(event.error, Cancelled) and reasons[:1] == ["stop"]:
                     yield pb.SubmitReply(done=pb.Done(finish_reason="stop", receipt=receipt))
                 else:
                     yield _failed(event.error, receipt)

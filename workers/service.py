@@ -373,7 +373,7 @@ class ModelWorker(Worker):
         status = super().status()
         status.blocks_borrowed = self.borrower.num_borrowed * self.layout.blocks_per_span
         for seq in self.engine.jobs():
-            status.jobs.add(id=seq.job.id.split("#")[0], state=seq.state, prompt_tokens=seq.num_prompt,
+            status.jobs.add(id=seq.job.id.rsplit("#", 1)[0], state=seq.state, prompt_tokens=seq.num_prompt,
                             output_tokens=seq.num_output, computed=seq.prompt_computed, waits_for=seq.waits_for)
         add_tiers(status, self.store)
         return status
