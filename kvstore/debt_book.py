@@ -55,6 +55,8 @@ from kvbank.kvstore.loan_events import (
 )
 from kvbank.kvstore.messages import (
     ABSENT,
+    CAP,
+    FULL,
     Age,
     Borrow,
     Envelope,
@@ -138,6 +140,7 @@ class LenderView:
     renew_no: int = 0
     renew_at: float = math.inf
     avoid_until: float = -math.inf
+    full_until: float = -math.inf             # has no slot to fill; what it caches may be lent where it lies all the same
     changed_no: int = 0                       # the last Renew sent before the last loan or ref ended
     changed_at: float = -math.inf
     heard_at: float = -math.inf
@@ -206,7 +209,7 @@ class DebtBook:
     def avoids(self, now: float, lender: Boot) -> bool:
         """That life of a lender would not be asked now: it refused, recalled or stayed silent a moment ago."""
         known = self._lenders.get(lender)
-        return known is not None and now < known.avoid_until
+        return known is not None and now < max(known.avoid_until, known.full_until)
 
     def check(self) -> list[str]:
         """Broken laws, in words; empty when all is well."""
@@ -260,7 +263,7 @@ class DebtBook:
         """The next candidate, or nobody."""
         while asking.candidates and asking.asked < self.timings.borrow_candidates and now < asking.deadline:
             lender = self._lender(asking.candidates.pop(0))
-            if now < lender.avoid_until:
+            if now < lender.avoid_until or (not asking.keys and now < lender.full_until):
                 asking.last_code = "avoided"
                 continue
             asking.asked += 1
@@ -371,7 +374,11 @@ class DebtBook:
             return
         if loan.state == ASKED:
             self.counters[f"refused_{message.code}"] += 1
-            lender.avoid_until = max(lender.avoid_until, now + message.retry_ms / 1e3)
+            until = now + message.retry_ms / 1e3
+            if message.code in (FULL, CAP):
+                lender.full_until = max(lender.full_until, until)
+            else:
+                lender.avoid_until = max(lender.avoid_until, until)
             self._unask(now, lender, loan, message.code)
         else:                                                  # an earlier answer, or the slots were taken back since
             for ref in list(loan.refs):

@@ -134,6 +134,10 @@ class Borrower:
         self._finder.submit(self._found, job, list(keys), tenant, age)
         return True
 
+    def left(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
+        with self._lock:
+            return [key for key in keys if key in self._left]
+
     def bring_home(self, uid: int, slot: SlotId) -> None:
         with self._lock:
             self._homes[uid] = _Home(slot, bytearray(self._slot_bytes))
@@ -263,7 +267,7 @@ class Borrower:
             self._meet(lender)
             holders |= {key: lender.boot for key in held if key not in holders}
         with self._lock:                             # what we left behind ourselves is known before control hears of it
-            holders |= {key: self._left[key] for key in keys if key in self._left and key not in holders}
+            holders = {key: self._left.pop(key) for key in keys if key in self._left} | holders
         by_boot: dict[Boot, list[BlockKey]] = {}
         for key in keys:
             if key in holders:
@@ -300,10 +304,6 @@ class Borrower:
                 self._where[uid] = ref
                 self._end_move(uid)
                 return Moved(uid, self._name(ref.lender_boot))
-            case loans.AdoptFailed(key=key):
-                with self._lock:
-                    self._left.pop(key, None)
-                return None
             case loans.BackToLocal(uid=uid, reason=reason):
                 self._end_move(uid)
                 self._key_of.pop(uid, None)
@@ -318,7 +318,6 @@ class Borrower:
                 self._where[uid] = ref
                 with self._lock:
                     self._key_of[uid] = key
-                    self._left.pop(key, None)
                 return Adopted(self._jobs.get(uid, ""), key, uid, self._name(ref.lender_boot))
             case loans.CameHome(uid=uid):
                 self._where.pop(uid, None)

@@ -89,6 +89,9 @@ class ChainBank:
         """Nothing: a cached span of a peer has one shard's layers, and its key does not say whose."""
         return False
 
+    def left(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
+        return []
+
     def bring_home(self, uid: int, slot: SlotId) -> None:
         if (lent := self._lent.get(uid)) is None:
             return                                         # lost since it was recalled: the engine hears of it next

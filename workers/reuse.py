@@ -56,9 +56,7 @@ class Reuse:
         keys = [usable[last] for _, last in missing]
         tokens = [seq.token_bytes(first * self._block, (last + 1) * self._block) for first, last in missing]
         self._fetcher.want(seq.job.id, keys, tokens, now=now)
-        whole = [usable[last] for first, last in missing if last - first + 1 == self._bps]
-        if whole and self._bank.adopt(seq.job.id, whole, tenant=seq.job.tenant, age=seq.job.age):
-            self._adopting.add(seq.job.id)
+        self._ask_peers(seq, [usable[last] for first, last in missing if last - first + 1 == self._bps])
 
     def hold(self, seq: Sequence) -> None:
         """The sequence starts to run: hold every whole span of it that this worker has, wherever in the sequence, before
@@ -217,6 +215,10 @@ class Reuse:
         start = index * self._span
         whole = len(group) == self._bps and hole == start and seq.table.at(index) is None
         key = group[-1] if whole else group[(hole - start) // self._block]
+        if whole and seq.job.id not in self._adopting and self._bank.left([key]):
+            # Another job had it here when this one was begun, ended, and gave it back to its lender.
+            rest = seq.keys[(index + 1) * self._bps - 1 : (seq.num_tokens - 1) // self._block : self._bps]
+            self._ask_peers(seq, [key for key in self._bank.left(rest) if self._vault.index.find(key) is None])
         state = self._fetcher.state(seq.job.id, key, now=now)
         if state == "here":
             mine = seq.table.at(index)
@@ -234,6 +236,10 @@ class Reuse:
         if state == "coming" or (whole and seq.job.id in self._adopting):
             return "fetch"
         return state
+
+    def _ask_peers(self, seq: Sequence, keys: list[BlockKey]) -> None:
+        if keys and self._bank.adopt(seq.job.id, keys, tenant=seq.job.tenant, age=seq.job.age):
+            self._adopting.add(seq.job.id)
 
     def _fill_window(self, seq: Sequence) -> None:
         """Every layer sees only the last `window` tokens: a hit needs just the spans that the window still sees."""

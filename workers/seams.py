@@ -149,6 +149,9 @@ class Bank(Protocol):
     def adopt(self, job: str, keys: Sequence[BlockKey], *, tenant: str, age: float) -> bool:
         """Ask peers for spans cached under these span keys; False: nobody to ask, no event follows."""
 
+    def left(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
+        """Those of these span keys that lenders probably cache because we left them there, and nobody asked for since."""
+
     def bring_home(self, uid: int, slot: SlotId) -> None:
         """Fetch a lent span into a slot of ours; ends in Returned, StayedAway or Lost."""
 
@@ -173,6 +176,9 @@ class NoBank:
 
     def adopt(self, job: str, keys: Sequence[BlockKey], *, tenant: str, age: float) -> bool:
         return False
+
+    def left(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
+        return []
 
     def bring_home(self, uid: int, slot: SlotId) -> None:
         raise AssertionError("nothing is lent")

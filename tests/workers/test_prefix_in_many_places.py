@@ -38,8 +38,11 @@ def redis() -> Iterator[EmbeddedRedis]:
 
 @pytest.fixture()
 def scattered(town: Any, redis: EmbeddedRedis, prompt: Any) -> Callable[..., Any]:
-    """scattered(**settings): a bank that has run job "a", whose spans then lie on the device, at lenders, in host memory and
-    in Redis, some in each place."""
+    """scattered(*jobs, **settings): (bank, rows, what happened) of jobs run on a bank that has run job "a" before, whose
+    spans then lie on the device, at lenders, in host memory and in Redis, some in each place.
+
+    Redis has 50 ms to answer. On a machine too busy for that a miss is right, and proves nothing: it all happens again then.
+    """
     def build(**settings: Any) -> Any:
         slot = 4 * 2 * 2 * 128 * 32 * 4
         bank = town(lenders=1, device_blocks=160, lender_blocks=64, host_bytes=6 * (slot + 8192), redis=redis.url, **settings)
@@ -50,23 +53,30 @@ def scattered(town: Any, redis: EmbeddedRedis, prompt: Any) -> Callable[..., Any
         bank.settle()
         assert bank.worker.store.flush(10.0)
         return bank
-    return build
+
+    def run(*jobs: JobSpec, **settings: Any) -> tuple[Any, int, Any]:
+        for _ in range(5):
+            bank = build(**settings)
+            counted, before = CountedRows(bank.worker.engine), bank.worker.engine.counters.forward_rows
+            got = bank.run(*jobs)
+            counters = bank.worker.store.counters()
+            if not any(counters.get(f"missed_{why}") for why in ("timeout", "tier_down")):
+                break
+        assert bank.worker.engine.counters.forward_rows - before == counted.rows
+        assert not got.errors
+        return bank, counted.rows, got
+    return run
 
 
 @BOTH
 def test_a_prefix_on_device_peer_host_and_redis_at_once(scattered, alone, run_jobs, prompt, exactness) -> None:
     want = run_jobs(alone(exactness=exactness), JobSpec(id="a", prompt=prompt(LENGTH), max_tokens=OUTPUTS, ignore_eos=True))
-    bank = scattered(exactness=exactness)
+    bank, rows, got = scattered(JobSpec(id="b", prompt=prompt(LENGTH), max_tokens=OUTPUTS, ignore_eos=True), exactness=exactness)
     assert bank.first.tokens["a"] == want.tokens["a"]
-    counters, counted = bank.worker.engine.counters, CountedRows(bank.worker.engine)
-    before = counters.forward_rows
-    got = bank.run(JobSpec(id="b", prompt=prompt(LENGTH), max_tokens=OUTPUTS, ignore_eos=True))
-    assert not got.errors
     tally = got.tally["b"]
     assert all(tally.reused[place] > 0 for place in ("device", "peer", "host", "redis")), tally.reused
     assert sum(tally.reused.values()) == ALL_BUT_LAST, (tally.reused, tally.missed)
-    assert tally.computed_tokens == LENGTH - ALL_BUT_LAST + OUTPUTS - 1
-    assert tally.computed_tokens == counters.forward_rows - before == counted.rows
+    assert tally.computed_tokens == rows == LENGTH - ALL_BUT_LAST + OUTPUTS - 1
     assert got.tokens["b"] == want.tokens["a"]
     if exactness == "bitwise":
         assert torch.equal(got.logits["b"], want.logits["a"])
@@ -74,17 +84,14 @@ def test_a_prefix_on_device_peer_host_and_redis_at_once(scattered, alone, run_jo
 
 @BOTH
 def test_two_jobs_at_once_with_a_scattered_prefix_compute_nothing_twice(scattered, prompt, exactness) -> None:
-    bank = scattered(exactness=exactness)
-    before = bank.worker.engine.counters.forward_rows
-    got = bank.run(JobSpec(id="b", prompt=prompt(LENGTH), max_tokens=OUTPUTS, ignore_eos=True, age=1),
-                   JobSpec(id="c", prompt=prompt(LENGTH), max_tokens=OUTPUTS, ignore_eos=True, age=2))
-    assert not got.errors
+    jobs = [JobSpec(id=name, prompt=prompt(LENGTH), max_tokens=OUTPUTS, ignore_eos=True, age=age) for age, name in enumerate("bc")]
+    bank, rows, got = scattered(*jobs, exactness=exactness)
     assert got.tokens["b"] == got.tokens["c"] == bank.first.tokens["a"]
     for name in ("b", "c"):
         assert sum(got.tally[name].reused.values()) == ALL_BUT_LAST, (name, got.tally[name])
-    rows = bank.worker.engine.counters.forward_rows - before
-    assert rows == sum(got.tally[name].computed_tokens for name in ("b", "c"))
-    assert rows == 2 * (LENGTH - ALL_BUT_LAST + OUTPUTS - 1)
+    assert rows == sum(tally.computed_tokens for tally in got.tally.values())
+    again = 16 * bank.worker.engine.room.preemptions              # a preempted job loses its half-filled last block
+    assert 0 <= rows - 2 * (LENGTH - ALL_BUT_LAST + OUTPUTS - 1) <= again
 
 
 @BOTH
@@ -137,3 +144,21 @@ def test_a_job_that_comes_while_the_first_is_still_in_prefill_waits_for_it_and_c
     assert sum(got.tally["b"].reused.values()) == ALL_BUT_LAST, got.tally["b"]
     assert engine.counters.forward_rows == got.tally["a"].computed_tokens + got.tally["b"].computed_tokens
     assert got.tally["a"].computed_tokens == LENGTH + OUTPUTS - 1
+
+
+def test_a_job_that_waited_behind_its_own_prefix_finds_it_at_the_lender_when_its_turn_comes(town, prompt) -> None:
+    """The first job had the prefix here, borrowed; it ends, and what it borrowed goes back to the lender's cache."""
+    bank = town(lenders=1, device_blocks=64, lender_blocks=160, max_batch=1)
+    engine = bank.worker.engine
+    jobs = [JobSpec(id=name, prompt=prompt(1500), max_tokens=OUTPUTS, ignore_eos=True, age=age) for age, name in enumerate("ab")]
+    late = []
+
+    def join() -> None:
+        if not late and any(seq.num_output for seq in engine.jobs()):
+            late.append(True)
+            engine.add(jobs[1])
+
+    got = bank.run(jobs[0], each_step=join)
+    assert late and not got.errors and got.tokens["b"] == got.tokens["a"]
+    assert got.tally["b"].reused["peer"] > 0, got.tally["b"]
+    assert sum(got.tally["b"].reused.values()) == 1500 // 16 * 16, got.tally["b"]
