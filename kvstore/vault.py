@@ -93,12 +93,12 @@ class Vault:
 
         Their bytes are zero, so that what lies beyond the written tokens is finite. Raises OutOfSlots.
         """
+        spans = [Span(slot=slot, refs=1) for slot in self.take_slots(number)]
         with self.lock:
-            if (short := number - self.num_free) > 0:
-                raise OutOfSlots(short, self.num_free, self.num_slots)
-            slots = self._claim(number)
-            spans = [Span(slot=slot, refs=1) for slot in slots]
-            self._held.update((span.uid, span) for span in spans)
+            for span in spans:
+                assert span.slot is not None
+                del self._coming[span.slot]
+                self._held[span.uid] = span
         return spans
 
     def hold(self, span: Span) -> bool:
@@ -162,24 +162,46 @@ class Vault:
             self._held[span.uid] = span
 
     def take_slots(self, number: int) -> list[SlotId]:
-        """Bare slots for bytes that will arrive (a span coming home); give them back by `blank_slots`."""
+        """Bare slots for bytes that will arrive (a span coming home); give them back by `blank_slots`.
+
+        Evicts idle spans oldest first, and copies their bytes out without the lock: nobody finds or lends them meanwhile.
+        """
         with self.lock:
             if (short := number - self.num_free) > 0:
                 raise OutOfSlots(short, self.num_free, self.num_slots)
-            slots = self._claim(number)
+            leaving: list[Span] = []
+            while len(self._blank) + len(leaving) < number:
+                leaving.append(self._take_oldest())
+            slots = [SlotId(heapq.heappop(self._blank)) for _ in range(number - len(leaving))]
             self._coming.update(dict.fromkeys(slots))
-            return slots
+            slots += [span.slot for span in leaving if span.slot is not None]
+        try:
+            for span in leaving:
+                if self._on_evict is not None:
+                    self._on_evict(span)
+            if self._on_scrub is not None:
+                self._on_scrub(slots)
+        except BaseException:
+            self.blank_slots(slots)
+            raise
+        finally:
+            for span in leaving:
+                span.slot, span.place = None, GONE
+        return sorted(slots)
+
+    def _take_oldest(self) -> Span:
+        """Under the lock: the oldest idle span is on its way out; its slot is nobody's but the caller's."""
+        _, span = self._idle.popitem(last=False)
+        self.index.withdraw(span)
+        assert span.slot is not None
+        self._coming[span.slot] = None
+        return span
 
     def blank_slots(self, slots: Sequence[SlotId]) -> None:
         with self.lock:
             for slot in slots:
                 del self._coming[slot]
                 heapq.heappush(self._blank, slot)
-
-    def idle_spans(self) -> list[Span]:
-        """Idle spans, oldest first."""
-        with self.lock:
-            return list(self._idle.values())
 
     def drop_idle(self) -> int:
         """Forget everything cached and not read. Returns how many spans went."""
@@ -191,24 +213,18 @@ class Vault:
 
     def drop_idle_spilled(self) -> int:
         """As drop_idle, but each span's bytes are offered to the tiers first. Returns how many spans went."""
-        with self.lock:
-            spans = list(self._idle.values())
-            for span in spans:
-                if self._on_evict is not None:
-                    self._on_evict(span)
-                self.drop(span)
-            return len(spans)
-
-    def _claim(self, number: int) -> list[SlotId]:
-        while len(self._blank) < number:
-            _, span = next(iter(self._idle.items()))
+        went = 0
+        while True:
+            with self.lock:
+                if not self._idle:
+                    return went
+                span = self._take_oldest()
+            assert span.slot is not None
             if self._on_evict is not None:
                 self._on_evict(span)
-            self.drop(span)
-        slots = [SlotId(heapq.heappop(self._blank)) for _ in range(number)]
-        if self._on_scrub is not None:
-            self._on_scrub(slots)
-        return slots
+            self.blank_slots([span.slot])
+            span.slot, span.place = None, GONE
+            went += 1
 
     # -- the ledger's pool (kvstore/ledger.py SlotPool) --------------------------------------------------------------
 
