@@ -30,6 +30,8 @@ PAD_ROWS = 8                                 # the row count that makes bits ind
 LONG_RUN = 8                                 # adjacent slots from which reading in place always beats copying
 TILE_BYTES = 8 << 20                         # most that is copied for one call: what stays in the cache
 MASK_ROWS = 16                               # rows of a slot up to which a mask that says nothing is free
+SHORT_SLOTS = 4                              # slots seen by half from which they are worth a call of their own
+PRODUCT_TOKENS = 1024                        # keys from which plain products beat the fused op (float32, two threads)
 COPY_BYTES = 4 << 20                         # a run this long is copied too when one thread works: see above
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -45,17 +47,18 @@ class SlotRows:
         self._slots = slots
         self._index: dict[tuple[int, bool], Tensor] = {}                 # by (rows per slot of the arena, heads first)
 
-    def gather(self, kv: Tensor, buffer: Tensor, *, heads_first: bool) -> Tensor:
+    def gather(self, kv: Tensor, buffer: Tensor, *, heads_first: bool, tokens: int | None = None) -> Tensor:
         """kv [num_slots, 2, Hk, S, d] -> the chosen slots in order, in the flat `buffer`, which must be large enough.
 
-        Returns [n, 2, Hk, S, d], or with heads_first [2, Hk, n, S, d]: each head's keys in one piece.
+        Returns [n, 2, Hk, S, d], or with heads_first [2, Hk, n, S, d]: each head's keys in one piece. tokens: only so
+        many of each slot, from its beginning.
         """
-        num_slots, two, heads, tokens, dim = kv.shape
-        size = tokens * dim
+        num_slots, two, heads, span_tokens, dim = kv.shape
+        size, tokens = span_tokens * dim, tokens or span_tokens
         order = (two, heads, len(self._slots)) if heads_first else (len(self._slots), two, heads)
-        out = buffer[: len(self._slots) * two * heads * size].view(*order, tokens, dim)
+        out = buffer[: len(self._slots) * two * heads * tokens * dim].view(*order, tokens, dim)
         if kv.stride(0) % size or kv.stride()[1:] != (heads * size, size, dim, 1):
-            chosen = kv[torch.from_numpy(self._slots)]                   # an unusual view: plain, slower
+            chosen = kv.narrow(3, 0, tokens)[torch.from_numpy(self._slots)]             # an unusual view: plain, slower
             return out.copy_(chosen.permute(1, 2, 0, 3, 4) if heads_first else chosen)
         step = kv.stride(0) // size
         index = self._index.get((step, heads_first))
@@ -63,8 +66,8 @@ class SlotRows:
             rows = self._slots[:, None] * step + np.arange(two * heads)
             index = torch.from_numpy((rows.T if heads_first else rows).reshape(-1).copy())
             self._index[step, heads_first] = index
-        flat = kv.as_strided(((num_slots - 1) * step + two * heads, size), (size, 1))
-        torch.index_select(flat, 0, index, out=out.view(-1, size))
+        flat = kv.as_strided(((num_slots - 1) * step + two * heads, tokens * dim), (size, 1))
+        torch.index_select(flat, 0, index, out=out.view(-1, tokens * dim))
         return out
 
 
@@ -78,7 +81,9 @@ class Call:
     padded: int                              # rows per slot as computed
     query: Tensor | None                     # index into q as [T*Hk, G*d], of [n, Hk, padded]; None: q as it is
     shared: bool                             # every slot is read by the same rows: the query is for one slot
-    mask: Tensor | None                      # additive [n, 1, padded*G or 1, S], q's dtype
+    mask: Tensor | None                      # additive [n, 1, padded*G or 1, tokens], q's dtype
+    tokens: int                              # how many of each slot are read: S, or less where nobody sees the rest
+    products: bool                           # as plain batched products instead of the fused op
     tiles: dict[int, list[SlotRows]]         # by slots per tile: how to copy them; filled when first needed
 
     def copies(self, step: int) -> list[SlotRows]:
@@ -98,7 +103,12 @@ class PairBatch:
         by_slot = pairs.slot.argsort(kind="stable")
         slots, begins, rows = runs_of_equal(pairs.slot[by_slot])
         partly = (pairs.start[by_slot] > 0) | (pairs.stop[by_slot] < geometry.span_tokens)
-        groups = _groups(slots, rows, np.logical_or.reduceat(partly, begins) & (rows > MASK_ROWS))
+        kind = (np.logical_or.reduceat(partly, begins) & (rows > MASK_ROWS)).astype(np.int64)
+        if not pad:
+            short = np.maximum.reduceat(pairs.stop[by_slot], begins) <= geometry.span_tokens // 2
+            if short.sum() >= SHORT_SLOTS:
+                kind += 2 * short
+        groups = _groups(slots, rows, kind)
         if len(groups) > 1:
             order = np.concatenate([group for group, _ in groups])       # slots in the order of calls
             by_slot = np.concatenate([by_slot[begins[i] : begins[i] + rows[i]] for i in order])
@@ -121,13 +131,14 @@ class PairBatch:
             query, num = self._query(call, q), len(call.slots)
             long = num * slot_bytes >= COPY_BYTES and torch.get_num_threads() == 1
             if call.adjacent and not long:
-                parts.append(self._attend(call, query, kv.narrow(0, int(call.slots[0]), num), call.mask, scale))
+                slots = kv.narrow(0, int(call.slots[0]), num).narrow(3, 0, call.tokens)
+                parts.append(self._attend(call, query, slots, call.mask, scale))
                 continue
             step = max(1, TILE_BYTES // slot_bytes)
             for i, tile in enumerate(call.copies(step)):
                 part = slice(i * step, (i + 1) * step)
                 mask = call.mask if call.mask is None else call.mask[part]
-                copied = tile.gather(kv, self._room(kv), heads_first=False)
+                copied = tile.gather(kv, self._room(kv), heads_first=False, tokens=call.tokens)
                 parts.append(self._attend(call, query[part], copied, mask, scale))
         if len(parts) == 1:
             return parts[0]
@@ -146,6 +157,8 @@ class PairBatch:
     ) -> tuple[Tensor, Tensor]:
         group, (num, heads, _, dim) = self.geometry.group, query.shape
         keys, values = slots.unbind(1)
+        if call.products and torch.get_num_threads() > 1:
+            return _products(query, keys, values, mask, scale)
         twice = self._pad and num * heads == 1                           # see the module's docstring
         if twice:
             query, keys, values = (x.expand(2, -1, -1, -1) for x in (query, keys, values))
@@ -180,18 +193,38 @@ class PairBatch:
         if padded > 1 or len(row) != g.num_rows or not (row[:, 0] == np.arange(len(row))).all():
             query = torch.from_numpy((row[:, None, :] * g.kv_heads + np.arange(g.kv_heads)[:, None]).reshape(-1))
         start, stop = pairs.start[part], pairs.stop[part]
+        tokens = g.span_tokens
+        if not self._pad and num >= SHORT_SLOTS:
+            tokens = min(tokens, -(-int(stop.max()) // 16) * 16)
         mask = None
         if start.any() or (stop != g.span_tokens).any():
             mask = additive_mask(_widen(start.reshape(num, rows), padded), _widen(stop.reshape(num, rows), padded), g)
-        return Call(slots, adjacent, rows, padded, query, shared, mask, {})
+            mask = mask[..., :tokens]
+        products = not self._pad and rows == 1 and g.dtype == torch.float32 and num * tokens >= PRODUCT_TOKENS
+        return Call(slots, adjacent, rows, padded, query, shared, mask, tokens, products, {})
 
 
-def _groups(slots: np.ndarray, rows: np.ndarray, masked: np.ndarray) -> list[tuple[np.ndarray, bool]]:
+def _products(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """query [n, Hk, G, d], keys and values [n, Hk, tokens, d] -> out [n, H, d], lse [n, H]. Head by head: no copies."""
+    num, heads, group, dim = query.shape
+    query = (query * scale).transpose(2, 3)
+    by_head = [torch.bmm(keys[:, head], query[:, head]) for head in range(heads)]
+    scores = torch.stack(by_head, 1).transpose(2, 3)                     # [n, Hk, G, tokens]
+    scores = scores.contiguous() if mask is None else scores + mask
+    weights = torch.softmax(scores, dim=-1)
+    lse = scores.amax(-1).sub_(weights.amax(-1).log_())                  # the largest weight is e^(largest - lse)
+    out = torch.stack([torch.bmm(weights[:, head], values[:, head]) for head in range(heads)], 1)
+    return out.view(num, heads * group, dim), lse.view(num, heads * group)
+
+
+def _groups(slots: np.ndarray, rows: np.ndarray, kind: np.ndarray) -> list[tuple[np.ndarray, bool]]:
     """Which slots go in one call: (indices into `slots`, adjacent).
 
-    A call's slots are read by equally many rows, and all of them or none need a large mask.
+    A call's slots are read by equally many rows and are of one `kind`, 0 to 3: 1 needs a large mask, 2 is seen by half.
     """
-    kind = 2 * rows + masked
+    kind = 4 * rows + kind
     cuts = (np.diff(slots) != 1) | (np.diff(kind) != 0)
     edges = [0, *(cuts.nonzero()[0] + 1).tolist(), len(slots)]
     runs = [np.arange(a, b) for a, b in pairwise(edges)]
