@@ -22,8 +22,8 @@ from torch import Tensor
 
 SHIFT = 24.0
 LARGEST = 4e-6                               # of a denominator: bounds the sigmoid's relative error
-KEY_TILE = 512                               # keys at once: with ROW_TILE, scores that stay in the cores' own caches
-ROW_TILE = 512                               # rows at once, each query head counted
+KEY_TILE = 256                               # keys at once: with ROW_TILE, scores that stay in the cores' own caches
+ROW_TILE = 1024                              # rows at once, each query head counted
 
 
 class ExpSums:
