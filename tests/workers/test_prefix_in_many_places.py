@@ -84,7 +84,8 @@ def test_a_prefix_on_device_peer_host_and_redis_at_once(scattered, alone, run_jo
 
 @BOTH
 def test_two_jobs_at_once_with_a_scattered_prefix_compute_nothing_twice(scattered, prompt, exactness) -> None:
-    jobs = [JobSpec(id=name, prompt=prompt(LENGTH), max_tokens=OUTPUTS, ignore_eos=True, age=age) for age, name in enumerate("bc")]
+    jobs = [JobSpec(id=name, prompt=prompt(LENGTH), max_tokens=OUTPUTS, ignore_eos=True, age=age)
+            for age, name in enumerate("bc")]
     bank, rows, got = scattered(*jobs, exactness=exactness)
     assert got.tokens["b"] == got.tokens["c"] == bank.first.tokens["a"]
     for name in ("b", "c"):

@@ -1,7 +1,7 @@
 """A random walk over a whole bank: jobs of all lengths with common prefixes, cancels, seeds, host memory, Redis, and lenders
 that die and come. After every job its tokens are those of one big worker; at the end nothing is used, lent or borrowed.
 
-A failure prints the seed; `WALKS` and `JOBS` of a longer one are in the slow test.
+A failure prints the seed.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Walk:
         self.live: dict[str, JobSpec] = {}
         self.cancelled: set[str] = set()
         self.reused: Counter[str] = Counter()
+        self._until_change = 0
         self.checked = self.deaths = self.births = 0
 
     def job(self, number: int) -> JobSpec:
@@ -66,7 +67,8 @@ class Walk:
                 name = rng.choice(sorted(self.live))
                 self.cancelled.add(name)
                 engine.cancel(name)
-            if rng.random() < 0.006:
+            self._until_change -= 1
+            if not self._until_change:
                 self._change_lenders()
             self.bank.refresh()
             events = engine.step()
@@ -83,6 +85,8 @@ class Walk:
             self.got.setdefault(event.job, []).append(event.token)
             return
         self.live.pop(event.job)
+        if self.rng.random() < 0.2:
+            self._until_change = self.rng.randint(1, 20)          # in the middle of somebody's work
         got, want = self.got.get(event.job, []), self.want[event.job]
         if isinstance(event, Finished):
             assert got == want, f"{event.job}: {event.tally}"
@@ -115,8 +119,12 @@ class Walk:
     def end(self) -> None:
         """Everybody is idle: nothing used, lent or borrowed."""
         self.bank.settle(15.0)
+        worker, give_up = self.bank.worker, time.monotonic() + 10
+        while worker.engine.room.waiting:                         # what was on its way to a lender comes to an end
+            worker.engine.step()
+            assert time.monotonic() < give_up, "a move does not end"
+            time.sleep(0.01)
         self._check_books()
-        worker = self.bank.worker
         counts = worker.vault.counts()
         assert counts.held == counts.lent == 0, counts
         assert worker.borrower.num_borrowed == 0 and not worker.book.refs()
