@@ -40,7 +40,6 @@ class Span:
     parent: bytes = b""                   # key of the block before the first, or the tenant's root
     digest: bytes = b""                   # of its bytes, when a lender sealed them
     moving: bool = False                  # a copy is under way (lend, return): do not move it again
-    pinned: bool = False                  # may not be moved off the device (the engine writes into it)
     lender: str = ""                      # member id, when REMOTE
     tail_blocks: int = 0                  # that many of its blocks end a prompt: whoever asks again knows no later key
     uid: int = field(default_factory=new_uid)
@@ -121,9 +120,6 @@ class SpanTable:
         self.spans: list[Span | None] = []     # None: nothing there (a hole, or released below every window)
         self.holes = Holes()
         self.released = 0                      # spans below this index are outside every layer's window
-
-    def index_of(self, position: int) -> int:
-        return position // self.span_tokens
 
     def put(self, index: int, span: Span | None) -> None:
         while len(self.spans) <= index:

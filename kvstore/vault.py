@@ -67,7 +67,6 @@ class Vault:
         self.index = PrefixIndex(blocks_per_span)
         self.num_slots = num_slots
         self.lend_cap = lend_cap
-        self.reserve = 0                       # slots kept back from lending for this worker's own admitted jobs
         self._bps = blocks_per_span
         self._on_evict = on_evict
         self._on_scrub = on_scrub
@@ -231,8 +230,7 @@ class Vault:
     def lendable(self) -> int:
         """Slots that a new loan could get now."""
         with self.lock:
-            spare = self.num_free - self.reserve
-            return max(0, min(spare, self.lend_cap - len(self._lent)))
+            return max(0, min(self.num_free, self.lend_cap - len(self._lent)))
 
     def take_for_loan(self, number: int) -> list[SlotId]:
         """Up to `number` slots for a borrower; idle spans make room without being spilled."""
@@ -336,7 +334,7 @@ class LendPool:
         found: list[tuple[int, KeptSpan]] = []
         for key in keys:
             if (span := self._vault.lend_idle(key)) is not None and span.slot is not None:
-                digest = span.digest or bulk.digest(self._arena.slot(span.slot).numpy().data)
+                digest = span.digest or bulk.digest(self._arena.slot(span.slot).cpu().numpy().data)
                 found.append((span.slot, KeptSpan(tuple(span.keys), span.tokens, digest)))
         return found
 

@@ -11,7 +11,7 @@ Knows layers and partials; knows nothing of jobs, loans' terms or who holds what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -86,7 +86,6 @@ class JoinedAttention:
         self.staging = staging
         self.lost: dict[int, str] = {}
         self.remote_calls = 0
-        self.drop_partial: Callable[[str], bool] | None = None    # negative controls in tests: leave out "local", ...
 
     def begin(self, plan: StepPlan) -> None:
         """Prepare what all layers share: masks and index tensors, once per distinct window."""
@@ -126,8 +125,6 @@ class JoinedAttention:
             reply = self.remote.receive(layer, self.lost)
             self.remote_calls += 1
             parts += [self._staged(kv, uses, window, q) for kv, uses in reply.staged]
-        if self.drop_partial is not None:
-            parts = parts if not self.drop_partial("local") else parts[1:]
         merged = self._merge_bitwise(parts, reply, q) if shape.exactness == "bitwise" else self._merge_fast(parts, reply)
         return merged.to(q.dtype)
 

@@ -106,6 +106,10 @@ class Borrower:
         """The banker whose book this is; once, before the engine starts."""
         self._banker = banker
 
+    def close(self) -> None:
+        """End the thread that looks for peers."""
+        self._finder.shutdown(wait=False, cancel_futures=True)
+
     @property
     def num_borrowed(self) -> int:
         return len(self._where)
@@ -131,7 +135,11 @@ class Borrower:
         if self._locate is None or not keys:
             return False
         self._asking[job] = set()
-        self._finder.submit(self._found, job, list(keys), tenant, age)
+        try:
+            self._finder.submit(self._found, job, list(keys), tenant, age)
+        except RuntimeError:                         # closed: we are stopping
+            del self._asking[job]
+            return False
         return True
 
     def left(self, keys: Sequence[BlockKey]) -> list[BlockKey]:

@@ -12,6 +12,7 @@ Knows the order of things within a step; the decisions are the scheduler's, the 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from kvbank.workers.room import Room
 from kvbank.workers.scheduler import Outcome, Scheduler
 from kvbank.workers.seams import Backend, BackendLost, Bank, Fetcher, NoBank, NoFetcher
 from kvbank.workers.sequence import JobSpec, Sequence, Tally
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,7 @@ class Engine:
         self._capacity_tokens = capacity_tokens or (lambda: config.num_slots * config.span_tokens)
         self._jobs: dict[str, Sequence] = {}
         self._inbox: deque[JobSpec | str] = deque()       # a string cancels the job of that id
+        self._made: list[EngineEvent] = []                # of a step; kept when it breaks, for who cleans up
         self.wake = Flag()                                # set whenever a step may have something to do
         self.keep_logits = False                          # tests and quality benches read counters.last_logits
         self.counters = EngineCounters()
@@ -121,14 +125,17 @@ class Engine:
     def step(self) -> list[EngineEvent]:
         """One turn. Returns at once when there is nothing to compute; then wait for `wake`."""
         self.wake.clear()
-        events: list[EngineEvent] = []
         try:
-            self._step(self._clock(), events)
+            self._step(self._clock(), self._made)
         except BackendLost as lost:
-            events += self.fail_all(lost)
+            self._made = self.fail_all(lost)
             self.room.absorb(self._bank.poll())           # ends what was being moved
             self.vault.drop_idle()
-        return events
+        return self._take_made()
+
+    def _take_made(self) -> list[EngineEvent]:
+        made, self._made = self._made, []
+        return made
 
     def _step(self, started: float, events: list[EngineEvent]) -> None:
         self._take_inbox(started, events)
@@ -145,11 +152,14 @@ class Engine:
         self._count(plan.rows, result.forward_s, result.remote_calls, self._clock() - started)
 
     def fail_all(self, error: KVBankError) -> list[EngineEvent]:
-        """End every job with `error`: after a step that raised."""
+        """End every job with `error`: after a step that raised. What that step had to say before is said too."""
         jobs = self.jobs()
         for seq in jobs:
-            self.scheduler.remove(seq)
-        return [self._failed(seq, error) for seq in jobs]
+            try:
+                self.scheduler.remove(seq)
+            except Exception:                             # its slots may be gone until a restart; the engine is not
+                log.exception("job_not_taken_apart job=%s", seq.job.id)
+        return self._take_made() + [self._failed(seq, error) for seq in jobs]
 
     def run_until_idle(self, *, max_steps: int = 1_000_000) -> list[EngineEvent]:
         """Step until every job ended; for tests and in-process benches."""

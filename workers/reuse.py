@@ -131,7 +131,7 @@ class Reuse:
         """These positions were computed: the first time, the receipt says why they were not reused."""
         uncredited = self._uncredited.get(seq.job.id)
         if uncredited and (tokens := uncredited.overlap(start, stop)):
-            tail = max(0, stop - max(start, (seq.num_prompt - 1) // self._block * self._block))
+            tail = max(0, min(stop, seq.num_prompt) - max(start, (seq.num_prompt - 1) // self._block * self._block))
             seq.tally.missed["last_block"] += min(tail, tokens)
             if tokens > tail:
                 seq.tally.missed[self._reason.get(seq.job.id, "never_seen")] += tokens - tail
@@ -175,6 +175,8 @@ class Reuse:
             if not self._vault.hold(hit.span):
                 return False
             seq.table.put(index, hit.span)
+            if hit.span.place == REMOTE:
+                seq.tally.lenders.setdefault(hit.span.lender)
             self._credit(seq, start, start + self._span, SOURCE[hit.span.place])
             return True
         return not whole and self._copy_blocks(seq, index, hole, hit)

@@ -73,10 +73,10 @@ class Scheduler:
         """The job ended, whatever the reason: all that it held is released. Safe to repeat."""
         if seq.state == DONE:
             return
-        self._let_go(seq)
-        self.reuse.forget(seq)
         (self.running if seq in self.running else self.waiting).remove(seq)
         seq.state = DONE
+        self._let_go(seq)
+        self.reuse.forget(seq)
 
     @property
     def busy(self) -> bool:

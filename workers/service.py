@@ -328,6 +328,7 @@ class ModelWorker(Worker):
         self.engine.wake.set()
         if self.chain is not None:
             self.chain.close()
+        self.borrower.close()
         if self._fetcher is not None:
             self._fetcher.close()
         if self.store is not None:
