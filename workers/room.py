@@ -179,25 +179,27 @@ class Room:
                     seq.loss_reason = reason
                     self._reopen_window(seq)
 
+    def spoil(self, seq: Sequence) -> None:
+        """What a job computed and read gave no finite numbers: none of it is found again."""
+        self._taint(seq, 0)
+
     def _taint(self, seq: Sequence, index: int) -> None:
         """Wrong bytes may have been read: all KV from here on is forgotten everywhere. A job that answered from it fails;
         one that has not is computed again from the last verified position."""
         start = index * seq.table.span_tokens
         spans = [span for at, span in seq.table.live() if at >= index]
-        keys = [key for span in spans for key in span.keys]
         for span in spans:
             self._vault.index.withdraw(span)
-            self.away.pop(span.uid, None)
+            if not self._vault.release(span):
+                continue                        # ours, or others read it still: the last of them ends it
             if span.place == HOST and self.parked.pop(span.uid, None) is not None:
                 self._backend.unpark(span.uid, None)
-            if span.place == REMOTE:
+            if self.away.pop(span.uid, None) is not None:
                 if (slot := self._returning.pop(span.uid, None)) is not None:
                     self._vault.blank_slots([slot])
                 self._bank.settle([span.uid], keep=False)
-                span.place = GONE
-            if self._vault.release(span):
-                span.place = GONE
-        self._backend.forget(keys)
+            span.place = GONE
+        self._backend.forget([key for span in spans if span.place != HOST for key in span.keys])
         for at in range(index, len(seq.table.spans)):
             seq.table.put(at, None)
         seq.table.holes.add(start, seq.num_tokens)

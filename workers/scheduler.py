@@ -262,6 +262,7 @@ class Scheduler:
     def _sampled(self, seq: Sequence, token: int, outcome: Outcome, now: float) -> None:
         if token < 0:
             outcome.failed.append((seq, KVBankError("the model produced no finite logits for this job")))
+            self.room.spoil(seq)                        # nobody shall find what it was made from
             self.remove(seq)
             return
         seq.append(token)

@@ -70,6 +70,25 @@ def test_a_job_that_joins_a_lent_prefix_names_its_lender(town, prompt) -> None:
     assert set(got.tally["b"].lenders) <= set(got.tally["a"].lenders) and got.tally["b"].lenders
 
 
+def test_kv_that_gave_no_finite_logits_is_not_found_again(alone, run_jobs, prompt) -> None:
+    text = prompt(300)
+    want = run_jobs(alone(), JobSpec(id="b", prompt=text, max_tokens=4, ignore_eos=True))
+    engine = alone()
+    real, spoiled = engine.backend.run, []
+
+    def run(plan, **kwargs):
+        result = real(plan, **kwargs)
+        if plan.draws and not spoiled:
+            spoiled.append(1)
+            result.tokens = [-1] * len(result.tokens)
+        return result
+    engine.backend.run = run
+    assert "a" in run_jobs(engine, JobSpec(id="a", prompt=text, max_tokens=4, ignore_eos=True)).errors
+    got = run_jobs(engine, JobSpec(id="b", prompt=text, max_tokens=4, ignore_eos=True))
+    assert not got.tally["b"].reused and got.tokens["b"] == want.tokens["b"]
+    assert engine.vault.counts().held == 0 and not engine.vault.check()
+
+
 def test_a_job_continued_from_another_worker_says_why_its_prompt_was_computed(alone, run_jobs, prompt) -> None:
     """Its answer so far is computed with it, and is no part of the prompt's last block."""
     job = JobSpec(id="a", prompt=prompt(300), emitted=prompt(200, 1), max_tokens=204, ignore_eos=True)

@@ -72,6 +72,19 @@ def test_a_tainted_span_on_its_way_home_gives_its_slot_back() -> None:
     assert vault.counts().held == 0 and not vault.check()
 
 
+def test_what_a_spoiled_job_shares_stays_readable_for_the_other() -> None:
+    vault, bank, seq, room = made()
+    other = Sequence(JobSpec(id="b", prompt=list(range(8)), max_tokens=4), 4, 2, now=0.0)
+    span = Span(slot=None, place=REMOTE, keys=seq.keys[:2], refs=2)
+    room.away[span.uid] = span
+    for one in (seq, other):
+        one.table.put(0, span)
+    room.spoil(seq)
+    assert span.place == REMOTE and span.refs == 1 and not bank.settled
+    room.spoil(other)
+    assert bank.settled == [span.uid] and not room.away and not vault.check()
+
+
 def test_a_lent_span_whose_job_ended_meanwhile_frees_its_slot_and_the_lenders() -> None:
     vault, bank, seq, room = made()
     (span,) = vault.new_spans(1)
