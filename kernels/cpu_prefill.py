@@ -27,6 +27,7 @@ from kvbank.kernels.segments import Geometry, Segment
 
 STAGED_TOKENS = 8192                         # keys gathered at once: bounds the staging buffer
 CAUSAL_ROWS = 128                            # rows of a causal square
+FIRST_KEYS = 16                              # keys at the beginning that are looked at before all
 PRODUCT_ROWS = 64                            # rows from which plain products beat the fused op
 
 _Partial = tuple[Tensor, Tensor]
@@ -93,7 +94,12 @@ class ChunkAttention:
         keys, values = self._gather(last, kv)
         own_keys, own_values = keys[:, last.past :], values[:, last.past :]
         out, lse = _squares(query, own_keys, own_values, scale)
-        sums, rows = ExpSums(query, lse, scale), query.shape[2]
+        reference, rows = lse.clone(), query.shape[2]
+        seen = 0 if last.past else CAUSAL_ROWS                           # rows from here on see the first keys, not as own
+        first = torch.matmul(query[:, :, seen:], keys[:, None, :FIRST_KEYS].transpose(2, 3)).amax(-1).mul_(scale)
+        if last.past >= FIRST_KEYS or not last.past:
+            torch.maximum(reference[:, :, seen:], first, out=reference[:, :, seen:])
+        sums = ExpSums(query, reference, scale)
         for stop in range(CAUSAL_ROWS, rows, CAUSAL_ROWS):
             own = slice(stop - CAUSAL_ROWS, stop)
             sums.add(own_keys[:, own], own_values[:, own], first_row=stop)

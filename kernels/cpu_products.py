@@ -1,15 +1,16 @@
 """Attention of many rows as plain matrix products: oneDNN computes them at twice the rate of the fused op's (float32).
 
 The softmax disappears into the products. Local keys first, by the fused op, give every row a reference: its log-sum-exp
-over them. All other keys are then weighed against that, not against the row's maximum:
+over them, or the best score among the sequence's first keys, to which many heads turn when they look at nothing. All
+other keys are then weighed against that, not against the row's maximum:
 
-    [q * scale | -(lse_local + SHIFT)] x [k | 1]^T     =  score - lse_local - SHIFT
-    sigmoid of it, on the product's way out            =  e^(score - lse_local) * e^-SHIFT       since it is far below 0
+    [q * scale | -(reference + SHIFT)] x [k | 1]^T     =  score - reference - SHIFT
+    sigmoid of it, on the product's way out            =  e^(score - reference) * e^-SHIFT       since it is far below 0
     weights x [v | 1]                                  =  numerator | denominator, summed over tiles without rescaling
 
 sigmoid(x) = e^x / (1 + e^x): its relative error as an exponential is e^x, hence SHIFT. A row whose other keys outweigh
-its local ones by more than e^(SHIFT - 12.4) = 1e5 is out of range; that is seen in the denominator, and the caller then
-computes the segment with the fused op. Smaller than e^-63 of the local weight becomes 0, far below rounding.
+the reference by more than e^(SHIFT - 12.4) = 1e5 is out of range; that is seen in the denominator, and the caller then
+computes the segment with the fused op. Smaller than e^-63 of the reference becomes 0, far below rounding.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ ROW_TILE = 1024                              # rows at once, each query head cou
 class ExpSums:
     """Numerators and denominators of one segment's rows, over all the tiles that `add` is given."""
 
-    def __init__(self, query: Tensor, lse: Tensor, scale: float) -> None:
-        """query [Hk, G, T, d] (any strides), lse [Hk, G, T]: over the local keys."""
+    def __init__(self, query: Tensor, reference: Tensor, scale: float) -> None:
+        """query [Hk, G, T, d] (any strides); reference [Hk, G, T], at least the local keys' log-sum-exp."""
+        self._reference = reference
         heads, group, rows, dim = query.shape
         self._group = group
         turned = query.new_empty((heads, rows, group, dim + 1))          # by rows: later rows are the end of it
         torch.mul(query.transpose(1, 2), scale, out=turned[..., :dim])
-        torch.sub(-SHIFT, lse.transpose(1, 2), out=turned[..., dim])
+        torch.sub(-SHIFT, reference.transpose(1, 2), out=turned[..., dim])
         self._query = turned.view(heads, rows * group, dim + 1)
         self._sums: Tensor = query.new_zeros((heads, rows * group, dim + 1))
         self._keys = query.new_ones((KEY_TILE, dim + 1))
@@ -65,9 +67,10 @@ class ExpSums:
         weight = sums[..., dim]
         if float(weight.amax()) > LARGEST:
             return None
-        weight = weight * math.exp(SHIFT)                                # of the other keys; the local ones weigh 1
-        joined = torch.add(out, sums[..., :dim], alpha=math.exp(SHIFT)).div_((weight + 1.0)[..., None])
-        return joined, lse + torch.log1p(weight)
+        local = torch.exp(lse - self._reference)
+        total = torch.add(local, weight, alpha=math.exp(SHIFT))
+        joined = (out * local[..., None]).add_(sums[..., :dim], alpha=math.exp(SHIFT)).div_(total[..., None])
+        return joined, self._reference + torch.log(total)
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -124,3 +124,11 @@ def close() -> Callable[..., None]:
         assert (got[1] - want[1])[~blind].abs().max() <= lse_tolerance if (~blind).any() else True
 
     return check
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[Callable[[int], None]]:
+    """torch_threads(n) for the rest of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

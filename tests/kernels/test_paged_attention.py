@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from kvbank.kernels.cpu_products import ExpSums, has_products
 from kvbank.kernels.paged_attention import AttentionPlan, Segment, plan_attention
 
 BOTH = pytest.mark.parametrize("exactness", ["fast", "bitwise"])
@@ -203,3 +204,31 @@ def test_queries_may_be_a_view_of_a_fused_projection(exactness, make_step, rows_
         assert not step.q.is_contiguous() or len(step.q) == 1
         again = step.merged(exactness)
         assert torch.equal(again[0], plain[0]) and torch.equal(again[1], plain[1])
+
+
+@pytest.mark.parametrize(("key", "by_products"), [(1.0, True), (4.0, False), (6.0, False)])
+def test_a_far_key_may_outweigh_all_near_ones(key, by_products, make_step, rows_of, close, monkeypatch) -> None:
+    joined = []
+    join = ExpSums.join
+    monkeypatch.setattr(ExpSums, "join", lambda *args: joined.append(join(*args)) or joined[-1])
+    step = make_step([rows_of(700, 200, SCATTERED)])
+    step.q.mul_(0.1).add_(1.0)
+    step.arena[step.segments[0].spans[2][1], 1, 0, :, 5] = key           # a score of 8 * key, where others have about 2
+    step.arena[step.segments[0].spans[0][1], 1, 0, :, 0] = 4 * key if by_products else 0.0        # a first key may
+    close(step.merged("fast"), step.oracle())
+    assert [found is not None for found in joined] == ([by_products] if has_products() else [])
+
+
+@BOTH
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("slots", [range(200), random.Random(2).sample(range(200), 200)], ids=["adjacent", "scattered"])
+def test_many_short_tails_and_full_spans(slots, threads, exactness, make_step, rows_of, close, torch_threads) -> None:
+    torch_threads(threads)
+    for stop in (130, 190, 250):
+        rows = [rows_of(stop + b % 3, 1, [slots[3 * b], slots[3 * b + 1]]) for b in range(40)]
+        step = make_step(rows, group=2)
+        close(step.merged(exactness), step.oracle())
+        if exactness == "fast" and stop == 130:                          # what nobody sees is not even read
+            for b in range(40):
+                step.arena[slots[3 * b + 1], ..., 16:, :] = float("nan")
+            close(step.merged(exactness), step.oracle())
