@@ -245,6 +245,9 @@ class DebtBook:
 
     def _want(self, now: float, event: Want, _sender: Boot) -> None:
         uids = [uid for uid in event.uids if uid not in self._asked and self._may_move(uid)]
+        for uid in event.uids:
+            if (debt := self._debts.get(uid)) is not None and debt.gone:
+                self._out.append(BackToLocal(uid, "leaving"))  # it was given up at its lender a moment ago: later again
         if uids:
             self._ask(now, Asking(uids, list(event.lenders), event.tenant, event.age, event.deadline))
 

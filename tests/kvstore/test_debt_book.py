@@ -70,6 +70,16 @@ def test_a_want_asks_once_even_when_it_is_told_twice() -> None:
     assert desk.want(0.0, 2, 3) == [m.Borrow(2, "t", 5.0, 1, "job")]
 
 
+def test_a_span_given_up_at_its_lender_and_wanted_again_before_the_boundary_hears_that_it_stays() -> None:
+    """The engine moved it, had no use for it there, read it at home again, and wants to lend it: it must get an answer."""
+    desk = Desk()
+    desk.remote(0.0, 1)
+    desk.tell(0.1, ev.NoLongerNeeded((1,), False))
+    assert desk.want(0.1, 1) == [ev.BackToLocal(1, "leaving")]
+    assert ev.Gone(1) in desk.boundary(0.2)
+    assert m.Borrow(2, "t", 5.0, 1, "job") in desk.want(0.3, 1)
+
+
 def test_law_5_is_told_before_the_borrow_is_sent_and_again_when_all_is_settled() -> None:
     desk = Desk()
     first, *_ = desk.book.on(0.0, ev.Want((LO,), (1,), "t", AGE))
