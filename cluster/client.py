@@ -268,7 +268,7 @@ class _Wire:
             url = httpx.URL(self.address)
         except httpx.InvalidURL as error:
             raise InvalidRequest(f"{address!r} is not an address: {error}") from None
-        if url.scheme not in ("http", "https") or not url.host:
+        if url.scheme not in ("http", "https") or not url.host or len(address.split()) > 1:
             raise InvalidRequest(f"{address!r} is not an address: it looks like http://127.0.0.1:8000")
         self.timeout_s = timeout_s
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key):

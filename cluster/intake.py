@@ -24,6 +24,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_SEGMENTS = 4096
 WIRE_TOKENS = 900_000                # one Submit message is at most 4 MiB, ids are 4 bytes
+SEEDS = 1 << 63                      # workers take seeds below this; any 64-bit integer of a caller becomes one of them
 SLOW_TEXT = 1 << 15                  # characters; longer texts are tokenised off the event loop
 _JOB_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -108,7 +109,7 @@ class Intake:
             "temperature": fields.number("temperature", temperature, low=0.0, high=2.0),
             "top_p": fields.number("top_p", 1.0, low=0.0, high=1.0, open_low=True),
             "top_k": max(0, top_k),
-            "seed": None if seed is None else seed % 2**64,
+            "seed": None if seed is None else seed % SEEDS,
             "stop": stop,
             "stop_token_ids": self._token_list(body.get("stop_token_ids"), "stop_token_ids", limit=64),
             "ignore_eos": fields.flag("ignore_eos", False),

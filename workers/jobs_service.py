@@ -162,6 +162,8 @@ def job_spec(job: pb.Job, name: str, vocab_size: int) -> JobSpec:
         raise InvalidRequest(f"max_tokens {job.max_tokens} leaves nothing to generate")
     if job.policy not in ("", "exact"):
         raise InvalidRequest(f"policy {job.policy!r} is not known here; use 'exact'")
+    if len(job.keys) % 32:
+        raise InvalidRequest(f"{len(job.keys)} bytes of block keys are not a whole number of 32-byte keys")
     s = job.sampling
     return JobSpec(
         id=name, prompt=prompt, emitted=emitted, max_tokens=job.max_tokens,

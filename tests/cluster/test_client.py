@@ -175,7 +175,7 @@ def test_an_address_of_something_else_is_unavailable() -> None:
         server.server_close()
 
 
-@pytest.mark.parametrize("address", ["", "ftp://x", "http://"])
+@pytest.mark.parametrize("address", ["", "ftp://x", "http://", "not an address"])
 def test_what_is_not_an_address_is_refused_at_once(address: str) -> None:
     with pytest.raises(errors.InvalidRequest):
         Client(address)
