@@ -173,7 +173,7 @@ class Engine:
                 self.wake.wait(0.002)
         raise AssertionError(f"jobs did not end in {max_steps} steps")
 
-    # -- intake ---------------------------------------------------------------------------------------------------------------
+    # -- intake ------------------------------------------------------------------------------------------------------
 
     def _take_inbox(self, now: float, events: list[EngineEvent]) -> None:
         while self._inbox:
@@ -203,7 +203,7 @@ class Engine:
             raise TooLong(f"prompt of {len(job.prompt)} tokens + max_tokens {job.max_tokens} need KV memory for {needed} "
                           f"tokens; the cluster holds {capacity}: add workers, lenders, device_blocks or host_bytes")
 
-    # -- output ---------------------------------------------------------------------------------------------------------------
+    # -- output ------------------------------------------------------------------------------------------------------
 
     def _events(self, outcome: Outcome) -> list[EngineEvent]:
         events: list[EngineEvent] = [Token(seq.job.id, seq.num_output - 1, token) for seq, token in outcome.tokens]

@@ -159,7 +159,7 @@ class RemoteAttention:
         lost.update(self._unplaced)
         return reply
 
-    # -- grouping -------------------------------------------------------------------------------------------------------------
+    # -- grouping ----------------------------------------------------------------------------------------------------
 
     def _by_lender(self, plan: StepPlan) -> dict[str, list[_Piece]]:
         """lender -> (segment number, span index -> uid, [(span index, ref)]) of the segments that read its slots."""
@@ -238,7 +238,7 @@ class RemoteAttention:
             self._known[key] = fresh
             self._send(part.lender, part.plan.pack())
 
-    # -- talking --------------------------------------------------------------------------------------------------------------
+    # -- talking -----------------------------------------------------------------------------------------------------
 
     def _stream(self, lender: str) -> HotStream | None:
         """This step's stream to a lender; None when it is broken. What a former stream was told, a new one is told again."""
@@ -294,7 +294,7 @@ class RemoteAttention:
         for key in [key for key in self._known if key[0] == lender]:
             del self._known[key]
 
-    # -- reading --------------------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------------------------
 
     def _note_stale(self, part: _Part, partial: Partial | Layer, lost: dict[int, str]) -> None:
         stale: list[int] = []

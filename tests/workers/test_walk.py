@@ -85,7 +85,7 @@ class Walk:
             self.got.setdefault(event.job, []).append(event.token)
             return
         self.live.pop(event.job)
-        if self.rng.random() < 0.2:
+        if self._until_change <= 0 and self.rng.random() < 0.4:
             self._until_change = self.rng.randint(1, 20)          # in the middle of somebody's work
         got, want = self.got.get(event.job, []), self.want[event.job]
         if isinstance(event, Finished):
@@ -155,4 +155,4 @@ def test_a_random_walk_gives_every_job_its_own_tokens_and_leaves_empty_books(tow
 def test_a_long_random_walk(town, redis, alone, run_jobs, prompt, seed) -> None:
     done = walk(seed, 60, town, redis, alone, run_jobs, prompt)
     assert done.checked > 30 and done.deaths and done.births
-    assert all(done.reused[place] for place in ("device", "host", "redis", "peer")), done.reused
+    assert done.reused["device"] and done.reused["peer"] and done.reused["host"] + done.reused["redis"], done.reused
