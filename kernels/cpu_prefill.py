@@ -15,6 +15,7 @@ float32 chunks go another way where they can: only the squares by the fused op, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ from kvbank.kernels.segments import Geometry, Segment
 
 STAGED_TOKENS = 8192                         # keys gathered at once: bounds the staging buffer
 CAUSAL_ROWS = 128                            # rows of a causal square
-FIRST_KEYS = 16                              # keys at the beginning that are looked at before all
+SAMPLE_KEYS = 128                            # keys, evenly spread from the first on, that are looked at before all
 PRODUCT_ROWS = 64                            # rows from which plain products beat the fused op
 
 _Partial = tuple[Tensor, Tensor]
@@ -67,6 +68,7 @@ class ChunkAttention:
         self._geometry = geometry
         self._staging = staging
         self._parts = _parts(segment, geometry, window)
+        self._look_at_all = False                                        # scores so far apart that a sample misleads
 
     @property
     def sees_nothing(self) -> bool:
@@ -76,9 +78,7 @@ class ChunkAttention:
         """q [all rows, H, d] -> out [T, H, d] and lse [T, H] of this segment's rows, float32."""
         g = self._geometry
         query = q[self.rows].unflatten(1, (g.kv_heads, g.group)).permute(1, 2, 0, 3)       # [Hk, G, T, d]
-        merged = self._products(query, kv, scale) if self._by_products(q) else None
-        if merged is None:
-            merged = self._fused(query, kv, scale)
+        merged = self._products(query, kv, scale) if self._by_products(q) else self._fused(query, kv, scale)
         out, lse = merged
         return out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
 
@@ -88,25 +88,43 @@ class ChunkAttention:
         below = len(self._parts) > 1 or last.past or rows > CAUSAL_ROWS      # else there are only squares
         return bool(below and last.own and rows >= PRODUCT_ROWS and q.dtype == torch.float32 and has_products())
 
-    def _products(self, query: Tensor, kv: Tensor, scale: float) -> _Partial | None:
-        """None: scores out of range, `_fused` must do it."""
-        *others, last = self._parts
+    def _products(self, query: Tensor, kv: Tensor, scale: float) -> _Partial:
+        last = self._parts[-1]
         keys, values = self._gather(last, kv)
-        own_keys, own_values = keys[:, last.past :], values[:, last.past :]
-        out, lse = _squares(query, own_keys, own_values, scale)
-        reference, rows = lse.clone(), query.shape[2]
-        seen = 0 if last.past else CAUSAL_ROWS                           # rows from here on see the first keys, not as own
-        first = torch.matmul(query[:, :, seen:], keys[:, None, :FIRST_KEYS].transpose(2, 3)).amax(-1).mul_(scale)
-        if last.past >= FIRST_KEYS or not last.past:
-            torch.maximum(reference[:, :, seen:], first, out=reference[:, :, seen:])
-        sums = ExpSums(query, reference, scale)
+        out, lse = _squares(query, keys[:, last.past :], values[:, last.past :], scale)
+        while True:
+            reference = lse if self._look_at_all else self._sampled(query, lse, keys, scale)
+            sums = ExpSums(query, reference, scale)
+            if self._look_at_all:
+                for keys, _, first_row in self._others(kv, query.shape[2]):
+                    sums.look(keys, first_row)
+            sums.weigh()
+            for keys, values, first_row in self._others(kv, query.shape[2]):
+                sums.add(keys, values, first_row)
+            if (joined := sums.join(out, lse)) is not None or self._look_at_all:
+                assert joined is not None, "a score above the largest score"
+                return joined
+            self._look_at_all = True                                     # and in the layers that follow
+
+    def _sampled(self, query: Tensor, lse: Tensor, keys: Tensor, scale: float) -> Tensor:
+        """A reference for ExpSums: lse or the best score among some other keys that the row sees."""
+        past = self._parts[-1].past
+        seen, count = (0, past) if past else (CAUSAL_ROWS, CAUSAL_ROWS)  # rows from `seen` on see the first `count`
+        sample = keys[:, None, : count : -(-count // SAMPLE_KEYS)].contiguous()
+        best = torch.matmul(query[:, :, seen:], sample.transpose(2, 3)).amax(-1).mul_(scale)
+        return torch.cat([lse[:, :, :seen], torch.maximum(lse[:, :, seen:], best)], dim=2)
+
+    def _others(self, kv: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """All keys and values but those of the squares, and the first row that sees them; each until the next."""
+        *parts, last = self._parts
+        for part in parts:
+            yield *self._gather(part, kv), 0
+        keys, values = self._gather(last, kv)
+        if last.past:
+            yield keys[:, : last.past], values[:, : last.past], 0
         for stop in range(CAUSAL_ROWS, rows, CAUSAL_ROWS):
-            own = slice(stop - CAUSAL_ROWS, stop)
-            sums.add(own_keys[:, own], own_values[:, own], first_row=stop)
-        sums.add(keys[:, : last.past], values[:, : last.past])
-        for part in others:
-            sums.add(*self._gather(part, kv))
-        return sums.join(out, lse)
+            own = slice(last.past + stop - CAUSAL_ROWS, last.past + stop)
+            yield keys[:, own], values[:, own], stop
 
     def _gather(self, part: Part, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [Hk, tokens, d], until the next gather."""
@@ -129,8 +147,9 @@ def _squares(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> _Part
     done = []
     for start in range(0, query.shape[2], CAUSAL_ROWS):
         tile = query[:, :, start : start + CAUSAL_ROWS]
-        own = (x[:, None, start : start + tile.shape[2]].expand(-1, query.shape[1], -1, -1) for x in (keys, values))
-        done.append(_fused(tile, *own, scale, causal=True))
+        own_keys, own_values = (x[:, None, start : start + tile.shape[2]].expand(-1, query.shape[1], -1, -1)
+                                for x in (keys, values))
+        done.append(_fused(tile, own_keys, own_values, scale, causal=True))
     return torch.cat([out for out, _ in done], dim=2), torch.cat([lse for _, lse in done], dim=2)
 
 

@@ -206,7 +206,7 @@ def test_queries_may_be_a_view_of_a_fused_projection(exactness, make_step, rows_
         assert torch.equal(again[0], plain[0]) and torch.equal(again[1], plain[1])
 
 
-@pytest.mark.parametrize(("key", "by_products"), [(1.0, True), (4.0, False), (6.0, False)])
+@pytest.mark.parametrize(("key", "by_products"), [(1.0, True), (4.0, False)])
 def test_a_far_key_may_outweigh_all_near_ones(key, by_products, make_step, rows_of, close, monkeypatch) -> None:
     joined = []
     join = ExpSums.join
@@ -216,7 +216,7 @@ def test_a_far_key_may_outweigh_all_near_ones(key, by_products, make_step, rows_
     step.arena[step.segments[0].spans[2][1], 1, 0, :, 5] = key           # a score of 8 * key, where others have about 2
     step.arena[step.segments[0].spans[0][1], 1, 0, :, 0] = 4 * key if by_products else 0.0        # a first key may
     close(step.merged("fast"), step.oracle())
-    assert [found is not None for found in joined] == ([by_products] if has_products() else [])
+    assert [found is not None for found in joined] == ([True] if by_products else [False, True]) * has_products()
 
 
 @BOTH
