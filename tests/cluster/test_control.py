@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 
+import grpc
 import pytest
 
 from kvbank import __version__
@@ -198,6 +200,52 @@ def test_a_report_that_arrives_twice_changes_nothing(cluster) -> None:
         control.heartbeat(report)
     (run,) = control.locate(pb.LocateRequest(keys=KEYS[0] + KEYS[1])).holdings
     assert run.count == 1
+
+
+class Mangled(grpc.UnaryUnaryClientInterceptor):
+    """A wire on which every call arrives twice, and of each method every third answer is lost."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+    def intercept_unary_unary(self, proceed: Callable[..., grpc.Call], details: grpc.ClientCallDetails, request: pb.Report) -> object:
+        proceed(details, request).exception()
+        answer = proceed(details, request)
+        self.calls[details.method] += 1
+        if self.calls[details.method] % 3 == 1:
+            answer.exception()
+            raise LostAnswer
+        return answer
+
+
+class LostAnswer(grpc.RpcError):
+    """The call was served, and its answer never came."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "lost"
+
+
+def test_calls_that_arrive_twice_and_answers_that_are_lost_change_nothing(cluster, eventually, monkeypatch) -> None:
+    wires: list[Mangled] = []
+
+    def channel(address: str, token: str, make: Callable[..., grpc.Channel] = heartbeat.rpc.channel) -> grpc.Channel:
+        wires.append(Mangled())
+        return grpc.intercept_channel(make(address, token), wires[-1])
+
+    monkeypatch.setattr(heartbeat.rpc, "channel", channel)
+    control, address = cluster()
+    one, two = cluster.member(address, "worker-0"), cluster.member(address, "lender-0", "lender")
+    one.held = KEYS[:5]
+    one.start(), two.start()
+    eventually(lambda: [(run.id, run.count) for run in two.line.locate(KEYS)] == [("worker-0", 5)])
+    eventually(lambda: [candidate.id for candidate in one.line.lenders(4, 4096)] == ["lender-0"])
+    assert sorted(view.facts.id for view in control.views()) == ["lender-0", "worker-0"]
+    two.line.stop()
+    eventually(lambda: [view.facts.id for view in control.views()] == ["worker-0"])
+    assert all(wire.calls[f"/kvbank.Control/{name}"] for wire in wires for name in ("Register", "Heartbeat"))
 
 
 def test_more_keys_than_fit_one_message_arrive_one_report_after_the_other(cluster, eventually, monkeypatch) -> None:
