@@ -208,7 +208,9 @@ class Mangled(grpc.UnaryUnaryClientInterceptor):
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
 
-    def intercept_unary_unary(self, proceed: Callable[..., grpc.Call], details: grpc.ClientCallDetails, request: pb.Report) -> object:
+    def intercept_unary_unary(
+        self, proceed: Callable[..., grpc.Call], details: grpc.ClientCallDetails, request: object
+    ) -> object:
         proceed(details, request).exception()
         answer = proceed(details, request)
         self.calls[details.method] += 1
