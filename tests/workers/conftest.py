@@ -157,11 +157,11 @@ class Town:
 
 @pytest.fixture()
 def town(small_model: Path) -> Iterator[Callable[..., Town]]:
-    """town(lenders=2, **settings): started, and stopped at the end."""
+    """town(lenders=2, model=..., **settings): started, and stopped at the end."""
     made: list[Town] = []
 
     def start(lenders: int = 2, **settings: Any) -> Town:
-        made.append(Town(small_model, lenders, **settings))
+        made.append(Town(settings.pop("model", small_model), lenders, **settings))
         return made[-1]
 
     yield start

@@ -10,13 +10,17 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvbank.errors import Cancelled
 from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis
+from kvbank.workers.assembly import build_engine
+from kvbank.workers.config import WorkerConfig
 from kvbank.workers.engine import Engine, Failed, Finished, Token
+from kvbank.workers.models.random_model import write_random_model
 from kvbank.workers.sampler import SamplingParams
 from kvbank.workers.sequence import JobSpec
 
@@ -133,10 +137,17 @@ class Walk:
             assert member.vault.counts().lent == 0 and member.ledger.num_lent == 0, member.id
 
 
-def walk(seed: int, jobs: int, town: Callable[..., Any], redis: EmbeddedRedis, alone: Any, run_jobs: Any, prompt: Any) -> Walk:
-    bank = town(lenders=3, device_blocks=96, lender_blocks=64, host_bytes=8 * (SLOT + 8192), redis=redis.url,
+@pytest.fixture(scope="session")
+def windowed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every layer sees 300 tokens back: windows cut spans, and what lies behind them is let go."""
+    return write_random_model(tmp_path_factory.mktemp("windowed"), seed=8, vocab=512, model_type="mistral", sliding_window=300)
+
+
+def walk(seed: int, jobs: int, town: Callable[..., Any], redis: EmbeddedRedis, model: Path, run_jobs: Any, prompt: Any) -> Walk:
+    bank = town(model=str(model), lenders=3, device_blocks=96, lender_blocks=64, host_bytes=8 * (SLOT + 8192), redis=redis.url,
                 redis_bytes=8 << 20, exactness="bitwise", attend_lost_s=0.5, avoid_s=0.5, stall_s=60)
-    made = Walk(seed, bank, alone(exactness="bitwise"), run_jobs, prompt)
+    reference = build_engine(WorkerConfig(model=str(model), device_blocks=1024, exactness="bitwise"))
+    made = Walk(seed, bank, reference, run_jobs, prompt)
     print(f"seed {seed}")
     made.run(jobs)
     made.end()
@@ -144,15 +155,29 @@ def walk(seed: int, jobs: int, town: Callable[..., Any], redis: EmbeddedRedis, a
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_random_walk_gives_every_job_its_own_tokens_and_leaves_empty_books(town, redis, alone, run_jobs, prompt, seed) -> None:
-    done = walk(seed, 20, town, redis, alone, run_jobs, prompt)
+def test_a_random_walk_gives_every_job_its_own_tokens_and_leaves_empty_books(
+    town, redis, small_model, run_jobs, prompt, seed
+) -> None:
+    done = walk(seed, 20, town, redis, small_model, run_jobs, prompt)
+    assert done.checked > 10
+
+
+def test_a_random_walk_with_a_sliding_window(town, redis, windowed_model, run_jobs, prompt) -> None:
+    done = walk(0, 20, town, redis, windowed_model, run_jobs, prompt)
     assert done.checked > 10
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(100, 110))
-def test_a_long_random_walk(town, redis, alone, run_jobs, prompt, seed) -> None:
-    done = walk(seed, 60, town, redis, alone, run_jobs, prompt)
+def test_a_long_random_walk(town, redis, small_model, run_jobs, prompt, seed) -> None:
+    done = walk(seed, 60, town, redis, small_model, run_jobs, prompt)
     assert done.checked > 30 and done.deaths and done.births
     assert done.reused["device"] and done.reused["peer"] and done.reused["host"] + done.reused["redis"], done.reused
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(200, 206))
+def test_a_long_random_walk_with_a_sliding_window(town, redis, windowed_model, run_jobs, prompt, seed) -> None:
+    assert walk(seed, 60, town, redis, windowed_model, run_jobs, prompt).checked > 30
