@@ -143,9 +143,12 @@ def windowed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("windowed"), seed=8, vocab=512, model_type="mistral", sliding_window=300)
 
 
-def walk(seed: int, jobs: int, town: Callable[..., Any], redis: EmbeddedRedis, model: Path, run_jobs: Any, prompt: Any) -> Walk:
-    bank = town(model=str(model), lenders=3, device_blocks=96, lender_blocks=64, host_bytes=8 * (SLOT + 8192), redis=redis.url,
-                redis_bytes=8 << 20, exactness="bitwise", attend_lost_s=0.5, avoid_s=0.5, stall_s=60)
+def walk(
+    seed: int, jobs: int, town: Callable[..., Any], redis: EmbeddedRedis, model: Path, run_jobs: Any, prompt: Any, shards: int = 1
+) -> Walk:
+    bank = town(model=str(model), shards=shards, lenders=3, device_blocks=96, lender_blocks=64, redis=redis.url,
+                host_bytes=8 * (SLOT + 8192), redis_bytes=8 << 20, exactness="bitwise", attend_lost_s=0.5, avoid_s=0.5,
+                stall_s=60)
     reference = build_engine(WorkerConfig(model=str(model), device_blocks=1024, exactness="bitwise"))
     made = Walk(seed, bank, reference, run_jobs, prompt)
     print(f"seed {seed}")
@@ -167,6 +170,11 @@ def test_a_random_walk_with_a_sliding_window(town, redis, windowed_model, run_jo
     assert done.checked > 10
 
 
+def test_a_random_walk_with_two_shards(town, redis, small_model, run_jobs, prompt) -> None:
+    done = walk(0, 20, town, redis, small_model, run_jobs, prompt, shards=2)
+    assert done.checked > 10
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(100, 110))
@@ -181,3 +189,10 @@ def test_a_long_random_walk(town, redis, small_model, run_jobs, prompt, seed) ->
 @pytest.mark.parametrize("seed", range(200, 206))
 def test_a_long_random_walk_with_a_sliding_window(town, redis, windowed_model, run_jobs, prompt, seed) -> None:
     assert walk(seed, 60, town, redis, windowed_model, run_jobs, prompt).checked > 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(300, 304))
+def test_a_long_random_walk_with_two_shards(town, redis, small_model, run_jobs, prompt, seed) -> None:
+    assert walk(seed, 60, town, redis, small_model, run_jobs, prompt, shards=2).checked > 30
