@@ -85,9 +85,10 @@ def decode(report: Report, model: Path, *, repeats: int, answer: int) -> dict[st
     for name in ("lenders_1", "lenders_3"):
         lenders = len(runs[name][-1].receipt.lenders)
         figures |= price(lenders, figures["decode_tokens_per_s_local"], figures[f"decode_tokens_per_s_{name}"], name)
-        formula = lenders * formula_bytes(model)
-        figures |= {f"bytes_per_token_{name}": steps[name]["bytes_per_step"], f"formula_bytes_{name}": formula,
-                    f"bytes_over_formula_{name[-1]}": round(steps[name]["bytes_per_step"] / formula, 3)}
+        calls, formula = lenders * read_config(model).num_layers, formula_bytes(model)
+        figures |= {f"bytes_per_token_{name}": round(calls * steps[name]["bytes_per_call"]),
+                    f"formula_bytes_{name}": calls * formula,
+                    f"bytes_over_formula_{name[-1]}": round(steps[name]["bytes_per_call"] / formula, 3)}
     return figures
 
 
@@ -102,9 +103,9 @@ def price(lenders: int, local: float, borrowing: float, name: str) -> dict[str, 
 
 
 def formula_bytes(model: Path) -> int:
-    """Decode bytes per token and lender: a query there, a float32 partial back, in every layer."""
+    """Decode bytes per token, layer and lender: a query there, a float32 partial back."""
     spec = read_config(model)
-    return spec.num_layers * spec.num_heads * spec.head_dim * (4 + 4)
+    return spec.num_heads * spec.head_dim * (4 + 4)
 
 
 def per_step(client: Client, prompt: list[int]) -> dict[str, float]:
@@ -118,9 +119,8 @@ def per_step(client: Client, prompt: list[int]) -> dict[str, float]:
     names = ("steps", "step_s", "remote_attention_calls", "attend_bytes_sent", "attend_bytes_received")
     more = {name: last[name] - first[name] for name in names}
     assert more["steps"] > 0, "the job ended before it was watched"
-    calls = round(more["remote_attention_calls"] / more["steps"])    # one per layer and lender; the looks fall into steps
-    per_call = (more["attend_bytes_sent"] + more["attend_bytes_received"]) / max(1.0, more["remote_attention_calls"])
-    return {"calls_per_step": calls, "bytes_per_step": round(per_call * calls), "steps_watched": more["steps"],
+    gone = more["attend_bytes_sent"] + more["attend_bytes_received"]     # the looks fall into steps: so by whole calls
+    return {"bytes_per_call": round(gone / max(1.0, more["remote_attention_calls"])), "steps_watched": more["steps"],
             "worker_step_ms": round(more["step_s"] / more["steps"] * 1e3, 2)}
 
 
