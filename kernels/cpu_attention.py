@@ -31,7 +31,6 @@ LONG_RUN = 8                                 # adjacent slots from which reading
 TILE_BYTES = 8 << 20                         # most that is copied for one call: what stays in the cache
 MASK_ROWS = 16                               # rows of a slot up to which a mask that says nothing is free
 SHORT_SLOTS = 4                              # slots seen by half from which they are worth a call of their own
-PRODUCT_TOKENS = 1024                        # keys from which plain products beat the fused op (float32, two threads)
 COPY_BYTES = 4 << 20                         # a run this long is copied too when one thread works: see above
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -83,7 +82,6 @@ class Call:
     shared: bool                             # every slot is read by the same rows: the query is for one slot
     mask: Tensor | None                      # additive [n, 1, padded*G or 1, tokens], q's dtype
     tokens: int                              # how many of each slot are read: S, or less where nobody sees the rest
-    products: bool                           # as plain batched products instead of the fused op
     tiles: dict[int, list[SlotRows]]         # by slots per tile: how to copy them; filled when first needed
 
     def copies(self, step: int) -> list[SlotRows]:
@@ -157,8 +155,6 @@ class PairBatch:
     ) -> tuple[Tensor, Tensor]:
         group, (num, heads, _, dim) = self.geometry.group, query.shape
         keys, values = slots.unbind(1)
-        if call.products and torch.get_num_threads() > 1:
-            return _products(query, keys, values, mask, scale)
         twice = self._pad and num * heads == 1                           # see the module's docstring
         if twice:
             query, keys, values = (x.expand(2, -1, -1, -1) for x in (query, keys, values))
@@ -200,23 +196,7 @@ class PairBatch:
         if start.any() or (stop != g.span_tokens).any():
             mask = additive_mask(_widen(start.reshape(num, rows), padded), _widen(stop.reshape(num, rows), padded), g)
             mask = mask[..., :tokens]
-        products = not self._pad and rows == 1 and g.dtype == torch.float32 and num * tokens >= PRODUCT_TOKENS
-        return Call(slots, adjacent, rows, padded, query, shared, mask, tokens, products, {})
-
-
-def _products(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """query [n, Hk, G, d], keys and values [n, Hk, tokens, d] -> out [n, H, d], lse [n, H]. Head by head: no copies."""
-    num, heads, group, dim = query.shape
-    query = (query * scale).transpose(2, 3)
-    by_head = [torch.bmm(keys[:, head], query[:, head]) for head in range(heads)]
-    scores = torch.stack(by_head, 1).transpose(2, 3)                     # [n, Hk, G, tokens]
-    scores = scores.contiguous() if mask is None else scores + mask
-    weights = torch.softmax(scores, dim=-1)
-    lse = scores.amax(-1).sub_(weights.amax(-1).log_())                  # the largest weight is e^(largest - lse)
-    out = torch.stack([torch.bmm(weights[:, head], values[:, head]) for head in range(heads)], 1)
-    return out.view(num, heads * group, dim), lse.view(num, heads * group)
+        return Call(slots, adjacent, rows, padded, query, shared, mask, tokens, {})
 
 
 def _groups(slots: np.ndarray, rows: np.ndarray, kind: np.ndarray) -> list[tuple[np.ndarray, bool]]:

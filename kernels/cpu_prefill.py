@@ -1,21 +1,21 @@
-"""Attention of a long chunk of one sequence on the CPU: gather its keys once, then one or two fused calls.
+"""Attention of a long chunk of one sequence on the CPU: gather its keys once, then few fused calls.
 
 With many rows the cost is arithmetic, not reading: copying the keys of the visible spans into one contiguous buffer is
 a few per cent, and buys calls over thousands of keys at once.
 
     keys    |------ past: every row sees all ------|-- own: row t sees the first t+1 --|
             0                                      p0                                  p0 + T
-            calls without mask                     squares with is_causal (top-left aligned, which is right here)
+            one call without mask                  squares with is_causal (top-left aligned, which is right here)
+
+Where every row sees all keys of a call, the G query heads that share a KV head are rows of one head: each key is read
+once for all of them, and longer calls run in larger tiles.
 
 Anything else (a window, scattered positions, missing spans) goes the general way: spans that every row sees whole in
 calls without mask, the others in calls with an additive mask made from positions.
-
-float32 chunks go another way where they can: only the squares by the fused op, all else as products (cpu_products.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,13 +23,10 @@ import torch
 from torch import Tensor
 
 from kvbank.kernels.cpu_attention import SlotRows, flash
-from kvbank.kernels.cpu_products import ExpSums, has_products
 from kvbank.kernels.segments import Geometry, Segment
 
 STAGED_TOKENS = 8192                         # keys gathered at once: bounds the staging buffer
-CAUSAL_ROWS = 128                            # rows of a causal square
-SAMPLE_KEYS = 128                            # keys, evenly spread from the first on, that are looked at before all
-PRODUCT_ROWS = 64                            # rows from which plain products beat the fused op
+CAUSAL_ROWS = 256                            # rows of a causal square: the op computes all of it, so half is wasted
 
 _Partial = tuple[Tensor, Tensor]
 
@@ -68,7 +65,6 @@ class ChunkAttention:
         self._geometry = geometry
         self._staging = staging
         self._parts = _parts(segment, geometry, window)
-        self._look_at_all = False                                        # scores so far apart that a sample misleads
 
     @property
     def sees_nothing(self) -> bool:
@@ -78,114 +74,63 @@ class ChunkAttention:
         """q [all rows, H, d] -> out [T, H, d] and lse [T, H] of this segment's rows, float32."""
         g = self._geometry
         query = q[self.rows].unflatten(1, (g.kv_heads, g.group)).permute(1, 2, 0, 3)       # [Hk, G, T, d]
-        merged = self._products(query, kv, scale) if self._by_products(q) else self._fused(query, kv, scale)
+        merged: _Partial | None = None
+        for part in self._parts:
+            partial = _attend(part, query, *self._gather(part, kv), scale)
+            merged = partial if merged is None else _merge(merged, partial)
+        assert merged is not None, "a segment that sees nothing is not run"
         out, lse = merged
         return out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
-
-    def _by_products(self, q: Tensor) -> bool:
-        rows = self.rows.stop - self.rows.start
-        last = self._parts[-1]
-        below = len(self._parts) > 1 or last.past or rows > CAUSAL_ROWS      # else there are only squares
-        return bool(below and last.own and rows >= PRODUCT_ROWS and q.dtype == torch.float32 and has_products())
-
-    def _products(self, query: Tensor, kv: Tensor, scale: float) -> _Partial:
-        last = self._parts[-1]
-        keys, values = self._gather(last, kv)
-        out, lse = _squares(query, keys[:, last.past :], values[:, last.past :], scale)
-        while True:
-            reference = lse if self._look_at_all else self._sampled(query, lse, keys, scale)
-            sums = ExpSums(query, reference, scale)
-            if self._look_at_all:
-                for keys, _, first_row in self._others(kv, query.shape[2]):
-                    sums.look(keys, first_row)
-            sums.weigh()
-            for keys, values, first_row in self._others(kv, query.shape[2]):
-                sums.add(keys, values, first_row)
-            if (joined := sums.join(out, lse)) is not None or self._look_at_all:
-                assert joined is not None, "a score above the largest score"
-                return joined
-            self._look_at_all = True                                     # and in the layers that follow
-
-    def _sampled(self, query: Tensor, lse: Tensor, keys: Tensor, scale: float) -> Tensor:
-        """A reference for ExpSums: lse or the best score among some other keys that the row sees."""
-        past = self._parts[-1].past
-        seen, count = (0, past) if past else (CAUSAL_ROWS, CAUSAL_ROWS)  # rows from `seen` on see the first `count`
-        sample = keys[:, None, : count : -(-count // SAMPLE_KEYS)].contiguous()
-        best = torch.matmul(query[:, :, seen:], sample.transpose(2, 3)).amax(-1).mul_(scale)
-        return torch.cat([lse[:, :, :seen], torch.maximum(lse[:, :, seen:], best)], dim=2)
-
-    def _others(self, kv: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """All keys and values but those of the squares, and the first row that sees them; each until the next."""
-        *parts, last = self._parts
-        for part in parts:
-            yield *self._gather(part, kv), 0
-        keys, values = self._gather(last, kv)
-        if last.past:
-            yield keys[:, : last.past], values[:, : last.past], 0
-        for stop in range(CAUSAL_ROWS, rows, CAUSAL_ROWS):
-            own = slice(last.past + stop - CAUSAL_ROWS, last.past + stop)
-            yield keys[:, own], values[:, own], stop
 
     def _gather(self, part: Part, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [Hk, tokens, d], until the next gather."""
         staged = part.slots.gather(kv, self._staging.room(part.num_slots, kv), heads_first=True).flatten(2, 3)
         return staged[0], staged[1]
 
-    def _fused(self, query: Tensor, kv: Tensor, scale: float) -> _Partial:
-        group = self._geometry.group
-        merged: _Partial | None = None
-        for part in self._parts:
-            keys, values = (x[:, None].expand(-1, group, -1, -1) for x in self._gather(part, kv))
-            partial = _attend(part, query, keys, values, scale)                            # G heads read one KV head
-            merged = partial if merged is None else _merge(merged, partial)
-        assert merged is not None, "a segment that sees nothing is not run"
-        return merged
-
-
-def _squares(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> _Partial:
-    """Row t over the keys of its own tile of CAUSAL_ROWS, up to t. keys, values: [Hk, T or more, d]."""
-    done = []
-    for start in range(0, query.shape[2], CAUSAL_ROWS):
-        tile = query[:, :, start : start + CAUSAL_ROWS]
-        own_keys, own_values = (x[:, None, start : start + tile.shape[2]].expand(-1, query.shape[1], -1, -1)
-                                for x in (keys, values))
-        done.append(_fused(tile, own_keys, own_values, scale, causal=True))
-    return torch.cat([out for out, _ in done], dim=2), torch.cat([lse for _, lse in done], dim=2)
-
 
 def _attend(part: Part, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> _Partial:
-    """keys, values: [Hk, G, tokens, d]."""
+    """query: [Hk, G, T, d]; keys, values: [Hk, tokens, d]. Returns out [Hk, G, T, d] and lse [Hk, G, T], float32."""
     if part.own:
-        own = _causal(query, keys[:, :, part.past :], values[:, :, part.past :], scale)
+        own = _causal(query, keys[:, part.past :], values[:, part.past :], scale)
         if not part.past:
             return own
-        return _merge(_fused(query, keys[:, :, : part.past], values[:, :, : part.past], scale), own)
+        return _merge(_whole(query, keys[:, : part.past], values[:, : part.past], scale), own)
     if part.mask is None:
-        return _fused(query, keys, values, scale)
+        return _whole(query, keys, values, scale)
+    keys, values = _per_query_head(query, keys, values)
     out, lse = flash(query, keys, values, 0.0, False, attn_mask=part.mask, scale=scale)
     if part.blind is not None:
         lse = lse.masked_fill(part.blind, float("-inf"))                 # the op says out 0, but also lse 0
     return out.float(), lse
 
 
+def _whole(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> _Partial:
+    """Every row over all keys: the G heads' rows one after the other, as rows of one head."""
+    out, lse = flash(query.flatten(1, 2)[None], keys[None], values[None], 0.0, False, scale=scale)
+    return out[0].view(query.shape).float(), lse[0].view(query.shape[:3])
+
+
 def _causal(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> _Partial:
-    """Row t over keys 0 .. t. In tiles: the op computes the whole square of a causal call, so small ones waste less."""
+    """Row t over keys 0 .. t, in squares along the diagonal and whole keys left of them."""
     done = []
     for start in range(0, query.shape[2], CAUSAL_ROWS):
         tile = query[:, :, start : start + CAUSAL_ROWS]
         stop = start + tile.shape[2]
-        partial = _fused(tile, keys[:, :, start:stop], values[:, :, start:stop], scale, causal=True)
+        own_keys, own_values = _per_query_head(query, keys[:, start:stop], values[:, start:stop])
+        out, lse = flash(tile, own_keys, own_values, 0.0, True, scale=scale)
+        partial = out.float(), lse
         if start:
-            partial = _merge(_fused(tile, keys[:, :, :start], values[:, :, :start], scale), partial)
+            partial = _merge(_whole(tile, keys[:, :start], values[:, :start], scale), partial)
         done.append(partial)
     if len(done) == 1:
         return done[0]
     return torch.cat([out for out, _ in done], dim=2), torch.cat([lse for _, lse in done], dim=2)
 
 
-def _fused(query: Tensor, keys: Tensor, values: Tensor, scale: float, *, causal: bool = False) -> _Partial:
-    out, lse = flash(query, keys, values, 0.0, causal, scale=scale)
-    return out.float(), lse
+def _per_query_head(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Views [Hk, G, tokens, d]: G heads read one KV head."""
+    group = query.shape[1]
+    return keys[:, None].expand(-1, group, -1, -1), values[:, None].expand(-1, group, -1, -1)
 
 
 def _merge(a: _Partial, b: _Partial) -> _Partial:

@@ -39,8 +39,17 @@ class RowMerge:
             out, lse = out.index_select(0, self._table), lse.index_select(0, self._table)
         if width == 1:
             return out, lse
-        lse = lse.view(num, width, heads)
-        weights = torch.softmax(lse, dim=1)
+        out, lse = out.view(num, width, heads, dim), lse.view(num, width, heads)
+        if width == 2 and not self._ragged and not self._may_be_blind:           # three ops, where a decoding row is short
+            share = torch.sigmoid(lse[:, 1] - lse[:, 0])
+            return torch.lerp(out[:, 0], out[:, 1], share.unsqueeze(-1)), torch.logaddexp(lse[:, 0], lse[:, 1])
+        # Written out: softmax and logsumexp start their threads for a handful of numbers, which costs more than the rest.
+        most = lse.amax(1, keepdim=True)
         if self._may_be_blind:
-            weights = weights.nan_to_num(0.0)
-        return (out.view(num, width, heads, dim) * weights.unsqueeze(-1)).sum(1), torch.logsumexp(lse, dim=1)
+            most = most.clamp_(min=torch.finfo(torch.float32).min)
+        weights = (lse - most).exp_()
+        total = weights.sum(1, keepdim=True)
+        weights = weights / total
+        if self._may_be_blind:
+            weights = weights.nan_to_num_(0.0)
+        return (out * weights.unsqueeze(-1)).sum(1), (most + total.log_()).squeeze(1)

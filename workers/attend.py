@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvbank.kernels.merge_partials import merge_fast, merge_tree
 from kvbank.kernels.paged_attention import AttentionPlan, Partials, Segment, paged_attention, plan_attention
-from kvbank.kernels.store_kv import store_kv
+from kvbank.kernels.store_kv import StorePlan
 from kvbank.workers.batch import StepPlan
 
 Node = tuple[int, int, int]                  # (segment number, level, index) of kernels.paged_attention
@@ -92,7 +92,7 @@ class JoinedAttention:
         shape = self.shape
         self.lost = {}
         self._num_rows = plan.num_rows
-        self._mapping = torch.from_numpy(plan.slot_mapping).to(shape.device)
+        self._store = StorePlan(torch.from_numpy(plan.slot_mapping).to(shape.device), shape.span_tokens)
         self._positions = torch.from_numpy(plan.positions).to(shape.device)
         self._rows = plan.rows
         self._segments = [self._segment(rows.first_row, rows.num_rows, rows.local) for rows in plan.rows]
@@ -114,7 +114,7 @@ class JoinedAttention:
             assert self.remote is not None
             self.remote.send(layer, window, q)
         slots = self._layers[layer]
-        store_kv(slots, k, v, self._mapping)
+        self._store.run(slots, k, v)
         parts = [paged_attention(q, slots, self._plans[window], shape.scale)]
         if self._has_host:
             assert self.staging is not None

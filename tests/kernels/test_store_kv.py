@@ -32,3 +32,13 @@ def test_rows_may_be_views_of_a_fused_projection() -> None:
     store_kv(arena[:, 0], qkv[:, 4:6], qkv[:, 6:], mapping)
     reference.store_kv(expected[:, 0], qkv[:, 4:6], qkv[:, 6:], mapping)
     assert torch.equal(arena, expected)
+
+
+def test_slots_of_an_unusual_layout_are_written_too() -> None:
+    arena = torch.zeros(3, 2, 16, 2, 8).transpose(2, 3)                  # [slots, 2, heads, tokens, dim], tokens before heads
+    k, v = torch.randn(2, 4, 2, 8)
+    mapping = torch.tensor([0, 40, 17, -1])
+    expected = arena.contiguous()
+    store_kv(arena, k, v, mapping)
+    reference.store_kv(expected, k, v, mapping)
+    assert torch.equal(arena, expected)

@@ -62,8 +62,9 @@ def test_noise_depends_on_seed_and_position_and_on_nothing_else() -> None:
 
 
 def test_noise_of_a_known_seed_never_changes() -> None:
-    """Golden: a job that resumes on a worker of another release must go on with the same noise."""
-    assert gumbel_noise(42, 7, 4).tolist() == pytest.approx(GOLDEN_NOISE, rel=1e-6)
+    """Golden: a job that resumes on a worker of another release must go on with the same noise. Up to an ulp of what the
+    logarithm is taken of: near zero that is a larger share of the result, and processors differ there."""
+    assert gumbel_noise(42, 7, 4).tolist() == pytest.approx(GOLDEN_NOISE, rel=1e-6, abs=3e-7)
 
 
 def test_noise_is_gumbel_distributed() -> None:
