@@ -6,9 +6,9 @@ one call with the spans as its batch:
     keys   kv[a:b, 0]   [n, Hk, S, d]          n slots, each read by M rows
     query               [n, Hk, M*G, d]        the G query heads that share a KV head are rows too
 
-Slots that lie scattered in short runs are copied into one buffer first (tiles of at most 8 MiB) and then take one call:
-a call costs 12 us (40 with two threads), copying a slot of 128 KiB costs 4. On one thread even long runs gain: the op
-reads cold memory at 11 GB/s, a copy at 25 (32 slots of 256 KiB: 820 us in place, 550 copied; two threads: equal).
+A call has a price of its own (12 us where this was written, 30 elsewhere, 40 to 140 when it has to wake a second
+thread), so slots that lie scattered in short runs are copied into one buffer first (tiles of at most 8 MiB) and take one
+call. Copying is no bargain for more than that: processors differ by six in how fast they do it (docs/decisions/0016).
 
 Facts about the op (PyTorch 2.13, CPU): a fully masked row returns lse 0 (no such row gets here); a zero mask gives the
 bits of no mask and costs nothing measurable; bits of a row do not depend on batch, threads or rows once rows are padded
@@ -27,11 +27,10 @@ from torch import Tensor
 from kvbank.kernels.segments import Geometry, Pairs, runs_of_equal
 
 PAD_ROWS = 8                                 # the row count that makes bits independent of how many rows there are
-LONG_RUN = 8                                 # adjacent slots from which reading in place always beats copying
+LONG_RUN = 4096                              # adjacent keys, counted for each KV head, that are worth a call of their own
 TILE_BYTES = 8 << 20                         # most that is copied for one call: what stays in the cache
 MASK_ROWS = 16                               # rows of a slot up to which a mask that says nothing is free
 SHORT_SLOTS = 4                              # slots seen by half from which they are worth a call of their own
-COPY_BYTES = 4 << 20                         # a run this long is copied too when one thread works: see above
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -106,7 +105,7 @@ class PairBatch:
             short = np.maximum.reduceat(pairs.stop[by_slot], begins) <= geometry.span_tokens // 2
             if short.sum() >= SHORT_SLOTS:
                 kind += 2 * short
-        groups = _groups(slots, rows, kind)
+        groups = _groups(slots, rows, kind, geometry)
         if len(groups) > 1:
             order = np.concatenate([group for group, _ in groups])       # slots in the order of calls
             by_slot = np.concatenate([by_slot[begins[i] : begins[i] + rows[i]] for i in order])
@@ -127,8 +126,7 @@ class PairBatch:
         slot_bytes = kv.stride(1) * 2 * kv.itemsize
         for call in self._calls:
             query, num = self._query(call, q), len(call.slots)
-            long = num * slot_bytes >= COPY_BYTES and torch.get_num_threads() == 1
-            if call.adjacent and not long:
+            if call.adjacent:
                 slots = kv.narrow(0, int(call.slots[0]), num).narrow(3, 0, call.tokens)
                 parts.append(self._attend(call, query, slots, call.mask, scale))
                 continue
@@ -199,22 +197,24 @@ class PairBatch:
         return Call(slots, adjacent, rows, padded, query, shared, mask, tokens, {})
 
 
-def _groups(slots: np.ndarray, rows: np.ndarray, kind: np.ndarray) -> list[tuple[np.ndarray, bool]]:
+def _groups(slots: np.ndarray, rows: np.ndarray, kind: np.ndarray, g: Geometry) -> list[tuple[np.ndarray, bool]]:
     """Which slots go in one call: (indices into `slots`, adjacent).
 
     A call's slots are read by equally many rows and are of one `kind`, 0 to 3: 1 needs a large mask, 2 is seen by half.
     """
-    kind = 4 * rows + kind
-    cuts = (np.diff(slots) != 1) | (np.diff(kind) != 0)
+    same = 4 * rows + kind
+    cuts = (np.diff(slots) != 1) | (np.diff(same) != 0)
     edges = [0, *(cuts.nonzero()[0] + 1).tolist(), len(slots)]
-    runs = [np.arange(a, b) for a, b in pairwise(edges)]
-    groups = [(run, True) for run in runs if len(run) >= LONG_RUN]
+    groups: list[tuple[np.ndarray, bool]] = []
     short: dict[int, list[np.ndarray]] = {}
-    for run in runs:
-        if len(run) < LONG_RUN:
-            short.setdefault(int(kind[run[0]]), []).append(run)
-    for same in short.values():
-        groups += [(run, True) for run in same] if len(same) <= 2 else [(np.concatenate(same), False)]
+    for run in (np.arange(a, b) for a, b in pairwise(edges)):
+        keys = len(run) * g.span_tokens * g.kv_heads // (1 + (kind[run[0]] > 1))
+        if keys >= LONG_RUN:
+            groups.append((run, True))
+        else:
+            short.setdefault(int(same[run[0]]), []).append(run)
+    for runs in short.values():
+        groups += [(run, True) for run in runs] if len(runs) <= 2 else [(np.concatenate(runs), False)]
     return groups
 
 

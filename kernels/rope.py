@@ -33,8 +33,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if dim < x.shape[-1]:
         return torch.cat([apply_rope(x[..., :dim], cos, sin), x[..., dim:]], dim=-1)
     wide = x if x.dtype == torch.float32 else x.float()
-    first, second = wide.chunk(2, dim=-1)
-    turned = wide * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    half, sin = dim // 2, sin[:, None]
+    turned = wide * cos[:, None]
+    turned[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(wide[..., :half], sin[..., half:])
     return turned if x.dtype == torch.float32 else turned.to(x.dtype)
 
 
