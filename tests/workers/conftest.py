@@ -92,11 +92,14 @@ class Town:
         self.worker = worker
         self.refresh()
 
+    def config(self, kind: str, name: str, shard: int = 0) -> dict[str, Any]:
+        """What `build_worker` makes a member of this town from, in this process or another."""
+        return {"kind": kind, "id": name, "token": TOKEN, "boot": os.urandom(16).hex(), "cache_secret": "11" * 32,
+                "model_digest": "test", "settings": self.settings, "replica": 0, "shard": shard,
+                "shards": self.settings["shards"] if kind == "model" else 1}
+
     def _start(self, kind: str, name: str, shard: int = 0) -> Any:
-        config = {"kind": kind, "id": name, "token": TOKEN, "boot": os.urandom(16).hex(), "cache_secret": "11" * 32,
-                  "model_digest": "test", "settings": self.settings, "replica": 0, "shard": shard,
-                  "shards": self.settings["shards"] if kind == "model" else 1}
-        member = build_worker(config, self if kind == "model" else None)
+        member = build_worker(self.config(kind, name, shard), self if kind == "model" else None)
         if isinstance(member, FollowerWorker):
             run_shard = threading.Thread(target=member._run_shard, daemon=True)
             member._start_threads = run_shard.start       # type: ignore[method-assign]  # advice comes from `refresh`

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from kvbank.workers.remote_attention import RemoteAttention
 from kvbank.workers.sequence import JobSpec
 
+ROOT = Path(__file__).parents[2]
 LENT_PROMPT = 6 * 48 * 16 - 40
 
 
@@ -115,9 +122,45 @@ def test_decode_bytes_from_lenders_are_at_most_twice_the_formula(town, prompt) -
 
 # -- the auditor --------------------------------------------------------------------------------------------------------------
 
-def live_buffers(at_least: int) -> dict[int, int]:
-    """address -> bytes of every tensor storage, bytes and bytearray of at least that size that this process can reach."""
-    found: dict[int, int] = {}
+LENDER = """
+import json, sys
+from kvbank.workers.service import build_worker
+
+member = build_worker(json.loads(sys.stdin.readline()), None)
+print(json.dumps([member.start("127.0.0.1:0"), member.arena.slot_bytes, member.vault.num_slots]), flush=True)
+sys.stdin.read()
+member.stop()
+"""
+
+
+class Abroad:
+    """A lender in a process of its own, so that what it needs to lend is not found here."""
+
+    kind = "lender"
+
+    def __init__(self, bank: Any, name: str) -> None:
+        config = bank.config("lender", name)
+        self.id, self.boot, self._book = name, bytes.fromhex(config["boot"]), bank.worker.book
+        self._process = subprocess.Popen([sys.executable, "-c", LENDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        print(json.dumps(config), file=self._process.stdin, flush=True)
+
+    def wait(self) -> None:
+        self.address, slot_bytes, slots = json.loads(self._process.stdout.readline())
+        self.arena, self.vault = SimpleNamespace(slot_bytes=slot_bytes), SimpleNamespace(num_slots=slots)
+        self.ledger = self
+
+    def lendable(self) -> int:
+        return self.vault.num_slots - sum(ref.lender_boot == self.boot for ref in self._book.held())
+
+    def stop(self) -> None:
+        self._process.communicate()
+
+
+def live_buffers(at_least: int) -> dict[int, tuple[int, Any]]:
+    """address -> (bytes, what keeps it) of every tensor storage, bytes and bytearray of at least that size that this
+    process can reach. Who holds the result holds the addresses too: nothing new appears at one of them."""
+    found: dict[int, tuple[int, Any]] = {}
 
     def note(thing: Any) -> None:
         if issubclass(type(thing), torch.Tensor):
@@ -125,9 +168,9 @@ def live_buffers(at_least: int) -> dict[int, int]:
                 return                                   # packed weights
             storage = thing.untyped_storage()
             if storage.nbytes() >= at_least:
-                found[storage.data_ptr()] = storage.nbytes()
+                found[storage.data_ptr()] = storage.nbytes(), storage
         elif type(thing) in (bytes, bytearray) and len(thing) >= at_least:
-            found[id(thing)] = len(thing)
+            found[id(thing)] = len(thing), thing
 
     for thing in gc.get_objects():
         kind = type(thing)
@@ -145,10 +188,29 @@ def live_buffers(at_least: int) -> dict[int, int]:
     return found
 
 
+def new_bytes(known: dict[int, tuple[int, Any]], at_least: int) -> int:
+    """Bytes of all live buffers that are not among the known ones."""
+    return sum(size for at, (size, _) in live_buffers(at_least).items() if at not in known)
+
+
+def test_nothing_new_hides_at_the_address_of_a_buffer_that_the_auditor_knew() -> None:
+    gone = [torch.zeros(1 << 20, dtype=torch.uint8)]
+    known, storage = live_buffers(1 << 20), StorageWeakRef(gone[0].untyped_storage())
+    gone.clear()
+    assert not storage.expired(), "its address is free for a buffer that the auditor would take for it"
+    assert new_bytes(known, 1 << 20) == 0
+    fresh = torch.zeros(1 << 20, dtype=torch.uint8)
+    assert new_bytes(known, 1 << 20) == fresh.nbytes
+
+
 def test_a_borrower_keeps_no_more_kv_than_its_vault_and_its_staging(town, alone, run_jobs, prompt) -> None:
     """Every buffer that appeared since before the job, mid-forward too, beside what a big worker's forward needs anyway."""
     text = prompt(LENT_PROMPT)
-    bank = town(lenders=3, lender_blocks=160, staging_spans=4, prefill_chunk_tokens=64)
+    bank = town(lenders=0, lender_blocks=160, staging_spans=4, prefill_chunk_tokens=64)
+    bank.lenders = [Abroad(bank, f"lender-{i}") for i in range(3)]
+    for lender in bank.lenders:
+        lender.wait()
+    bank.refresh()
     layout = bank.worker.layout
     per_layer = layout.slot_bytes // layout.layers
 
@@ -160,8 +222,7 @@ def test_a_borrower_keeps_no_more_kv_than_its_vault_and_its_staging(town, alone,
 
         def sample() -> None:
             nonlocal most
-            now = live_buffers(per_layer)
-            most = max(most, sum(size for at, size in now.items() if at not in known))
+            most = max(most, new_bytes(known, per_layer))
 
         def watched(ids: Any, hidden: Any, positions: Any, attend: Any) -> Any:
             nonlocal calls
