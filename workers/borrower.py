@@ -49,10 +49,10 @@ class Lender:
 
 @dataclass(slots=True)
 class _Home:
-    """A span on its way home: which slot it will have, and the buffer its bytes arrive in."""
+    """A span on its way home: which slot it will have, and the buffer its bytes arrive in; None: not asked for yet."""
 
     slot: SlotId
-    buffer: bytearray
+    buffer: bytearray | None = None
 
 
 class HotAdapter:
@@ -80,12 +80,14 @@ class Borrower:
     def __init__(
         self, arena: Arena, slot_bytes: int, *, timings: LoanTimings, wake: Callable[[], None],
         lenders: Callable[[], list[Lender]],
-        locate: Callable[[Sequence[BlockKey]], list[tuple[Lender, list[BlockKey]]]] | None = None,
+        locate: Callable[[Sequence[BlockKey]], list[tuple[Lender, list[BlockKey]]]] | None = None, staging_spans: int = 16,
     ) -> None:
         """lenders: who could lend by the latest advice, best first, never waits. locate: who holds which of these span
-        keys; may take a fraction of a second, called on a thread of its own. wake: the engine has something to poll."""
+        keys; may take a fraction of a second, called on a thread of its own. wake: the engine has something to poll.
+        staging_spans: what may be on its way home at once, beside the vault."""
         self._arena, self._slot_bytes, self._timings, self._wake = arena, slot_bytes, timings, wake
         self._lenders, self._locate = lenders, locate
+        self._staging_spans = staging_spans
         self._banker: Banker | None = None
         self._names: dict[Boot, str] = {}
         self._boots: dict[str, Boot] = {}
@@ -148,8 +150,8 @@ class Borrower:
 
     def bring_home(self, uid: int, slot: SlotId) -> None:
         with self._lock:
-            self._homes[uid] = _Home(slot, bytearray(self._slot_bytes))
-        self._tell(loans.BringHome((uid,), "LOCAL"))
+            self._homes[uid] = _Home(slot)
+        self._fetch_home()
 
     def settle(self, uids: Sequence[int], *, keep: bool) -> None:
         with self._lock:
@@ -178,6 +180,7 @@ class Borrower:
                 events.append(event)
             if isinstance(effect, (loans.Adopted, loans.AdoptFailed)):
                 events += self._answered(effect.uid)
+        self._fetch_home()
         return events
 
     # -- remote_attention.Lendings -----------------------------------------------------------------------------------
@@ -221,7 +224,8 @@ class Borrower:
     def staging(self, uid: int) -> memoryview:
         with self._lock:
             home = self._homes.get(uid)
-        return memoryview(home.buffer if home is not None else bytearray(self._slot_bytes))
+        buffer = home.buffer if home is not None else None
+        return memoryview(bytearray(self._slot_bytes) if buffer is None else buffer)
 
     def from_banker(self, effects: list[Any]) -> None:
         """Effects for the engine, from any thread: kept until the next poll."""
@@ -240,6 +244,16 @@ class Borrower:
     def _at_boundary(self) -> list[Any]:
         assert self._banker is not None
         return self._banker.tell_book(loans.StepBoundary())
+
+    def _fetch_home(self) -> None:
+        """Fetch what is to come home, as far as staging has room."""
+        with self._lock:
+            room = self._staging_spans - sum(home.buffer is not None for home in self._homes.values())
+            due = [uid for uid, home in self._homes.items() if home.buffer is None][: max(0, room)]
+            for uid in due:
+                self._homes[uid].buffer = bytearray(self._slot_bytes)
+        if due:
+            self._tell(loans.BringHome(tuple(due), "LOCAL"))
 
     def _in_order(self) -> list[Lender]:
         """Fill one lender before the next: those that already lend to us first, then as advised."""
@@ -341,7 +355,7 @@ class Borrower:
     def _came_home(self, uid: int) -> BankEvent | None:
         with self._lock:
             home = self._homes.pop(uid, None)
-        if home is None:
+        if home is None or home.buffer is None:
             return None
         self._arena.slot(home.slot, self._slot_bytes).copy_(torch.frombuffer(home.buffer, dtype=torch.uint8))
         return Returned(uid, home.slot)

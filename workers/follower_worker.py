@@ -47,7 +47,7 @@ class FollowerWorker(Worker):
         self.vault = Vault(config.num_slots, blocks_per_span=self.layout.blocks_per_span, lend_cap=self.lend_cap())
         self.book = DebtBook(self.boot, timings=self.timings)
         self.borrower = Borrower(self.arena, self.layout.slot_bytes, timings=self.timings, lenders=self.lenders,
-                                 wake=lambda: self.follower.wake())
+                                 wake=lambda: self.follower.wake(), staging_spans=self.worker_config.staging_spans)
         self.remote = RemoteAttention(self.parts.shape, self.layout.head_dim, self.borrower,
                                       staging_spans=self.worker_config.staging_spans)
         self.parts.shard.attention.remote = self.remote
