@@ -19,12 +19,6 @@ from kvbank.workers.chain_frames import Ask, Drop, Forget, Found, Load, Message,
 from kvbank.workers.seams import Fetcher
 
 
-class OwnFetcher(Fetcher, Protocol):
-    """What workers/fetcher.py offers beside the seam."""
-
-    def drop(self, job: str, key: BlockKey) -> None: ...
-
-
 class Followers(Protocol):
     """The other shards (workers/chain.py)."""
 
@@ -50,7 +44,7 @@ class _Told:
 class ChainFetcher:
     """Fills workers.seams.Fetcher. `local` is shard 0's own."""
 
-    def __init__(self, local: OwnFetcher, chain: Followers, *, wait_s: float) -> None:
+    def __init__(self, local: Fetcher, chain: Followers, *, wait_s: float) -> None:
         """wait_s: how long the others may say nothing new about what a job waits for."""
         self._local, self._chain, self._wait_s = local, chain, wait_s
         self._jobs: dict[str, _Told] = {}
@@ -98,6 +92,13 @@ class ChainFetcher:
         self._chain.send(Load(told.name, key, slot, start))
         return source
 
+    def drop(self, job: str, key: BlockKey) -> None:
+        """It counts as missed from now on: asked again under the same name, an answer under way to the first question could
+        be taken for one to the second."""
+        told = self._jobs.get(job)
+        if told is not None and key not in told.missed:
+            self._miss(job, told, key, "evicted")
+
     def forget(self, job: str) -> None:
         self._local.forget(job)
         if (told := self._jobs.pop(job, None)) is not None:
@@ -116,7 +117,7 @@ class ChainFetcher:
                 told.progress_at = now
 
     def _miss(self, job: str, told: _Told, key: BlockKey, reason: str) -> str:
-        """It will be computed: nobody needs to keep it staged."""
+        """It will not be loaded: nobody needs to keep it staged."""
         told.missed[key] = reason
         told.found.pop(key, None)
         self._local.drop(job, key)

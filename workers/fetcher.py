@@ -32,7 +32,7 @@ class _Wants:
 
 
 class TierFetcher:
-    """One per worker. `want`, `state`, `load` and `forget` are the engine thread's."""
+    """One per worker. `want`, `state`, `load`, `drop` and `forget` are the engine thread's."""
 
     def __init__(
         self, store: BlockStore, load: Callable[[memoryview, SlotId, int], None], *, staging_bytes: int, wait_s: float,
@@ -91,7 +91,7 @@ class TierFetcher:
         return frame.source
 
     def drop(self, job: str, key: BlockKey) -> None:
-        """The job will not load this one: another shard lacks it."""
+        """The job will not load this one: another shard lacks it, or its place was filled otherwise."""
         with self._changed:
             if (wants := self._jobs.get(job)) is not None:
                 wants.pending.pop(key, None)

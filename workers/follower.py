@@ -23,7 +23,6 @@ from torch import Tensor
 from kvbank.kvstore.layout import BlockKey, SlotId
 from kvbank.workers.batch import StepPlan, StepResult
 from kvbank.workers.batch import unpack as unpack_plan
-from kvbank.workers.chain_fetcher import OwnFetcher
 from kvbank.workers.chain_frames import (
     Ask,
     Books,
@@ -56,6 +55,7 @@ from kvbank.workers.chain_frames import (
 from kvbank.workers.chain_link import LinkBroken, Onward
 from kvbank.workers.follower_loans import FollowerLoans, ShardBank
 from kvbank.workers.held_keys import HeldKeys
+from kvbank.workers.seams import Fetcher
 from kvbank.workers.shard import LocalShard
 from kvbank.workers.shard_service import Session, SessionOver, ShardService
 
@@ -79,7 +79,7 @@ class Follower:
 
     def __init__(
         self, shard: LocalShard, number: int, shards: int, *, hidden_size: int, token: str,
-        likeness: tuple[tuple[str, str], ...], bank: ShardBank, fetcher: OwnFetcher | None = None,
+        likeness: tuple[tuple[str, str], ...], bank: ShardBank, fetcher: Fetcher | None = None,
     ) -> None:
         """likeness: what the leader must have alike. bank: this shard's own; its events are polled between commands.
         fetcher: of this shard's tiers, where it has some."""

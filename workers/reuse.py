@@ -38,6 +38,7 @@ class Reuse:
         self._uncredited: dict[str, Holes] = {}       # per job: prompt positions no source was named for yet
         self._reason: dict[str, str] = {}             # per job: why the hole it computes now was not found
         self._adopting: set[str] = set()              # jobs whose peers have not all answered
+        self._wanted: dict[str, set[BlockKey]] = {}   # per job: what the fetcher was asked for, and its place is empty yet
 
     # -- a job's life ------------------------------------------------------------------------------------------------
 
@@ -56,6 +57,7 @@ class Reuse:
         keys = [usable[last] for _, last in missing]
         tokens = [seq.token_bytes(first * self._block, (last + 1) * self._block) for first, last in missing]
         self._fetcher.want(seq.job.id, keys, tokens, now=now)
+        self._wanted[seq.job.id] = set(keys)
         self._ask_peers(seq, [usable[last] for first, last in missing if last - first + 1 == self._bps])
 
     def hold(self, seq: Sequence) -> None:
@@ -77,6 +79,7 @@ class Reuse:
         for key in [key for key, owner in self._computing.items() if owner is seq]:
             del self._computing[key]
         self._fetcher.forget(seq.job.id)
+        self._wanted.pop(seq.job.id, None)
         self._adopting.discard(seq.job.id)
         unplaced = [span for span in seq.adopted.values() if not span.refs]
         seq.adopted.clear()
@@ -129,6 +132,7 @@ class Reuse:
 
     def note_computed(self, seq: Sequence, start: int, stop: int) -> None:
         """These positions were computed: the first time, the receipt says why they were not reused."""
+        self._no_longer_wanted(seq, start, stop)
         uncredited = self._uncredited.get(seq.job.id)
         if uncredited and (tokens := uncredited.overlap(start, stop)):
             tail = max(0, min(stop, seq.num_prompt) - max(start, (seq.num_prompt - 1) // self._block * self._block))
@@ -222,6 +226,7 @@ class Reuse:
             rest = seq.keys[(index + 1) * self._bps - 1 : (seq.num_tokens - 1) // self._block : self._bps]
             self._ask_peers(seq, [key for key in self._bank.left(rest) if self._vault.index.find(key) is None])
         state = self._fetcher.state(seq.job.id, key, now=now)
+        self._wanted.setdefault(seq.job.id, set()).add(key)
         if state == "here":
             mine = seq.table.at(index)
             if mine is None:
@@ -229,6 +234,7 @@ class Reuse:
                 seq.table.put(index, mine)
             assert mine.slot is not None
             source = self._fetcher.load(seq.job.id, key, mine.slot, hole - start)
+            self._wanted[seq.job.id].discard(key)
             if source is not None:
                 stop = start + self._span if whole else hole + self._block
                 self._credit(seq, hole, stop, source)
@@ -289,7 +295,19 @@ class Reuse:
         still_to_do = owner.table.holes.overlap(block * self._block, (block + 1) * self._block)
         return bool(still_to_do) and owner.age < seq.age
 
+    def _no_longer_wanted(self, seq: Sequence, start: int, stop: int) -> None:
+        """Positions start .. stop-1 are filled: what the fetcher has of them, or of a span that is no longer empty, would
+        only keep room in staging from others."""
+        if not (wanted := self._wanted.get(seq.job.id)):
+            return
+        ends = ((index + 1) * self._bps - 1 for index in range(start // self._span, (stop - 1) // self._span + 1))
+        for block in dict.fromkeys([*range(start // self._block, (stop - 1) // self._block + 1), *ends]):
+            if block < len(seq.keys) and (key := seq.keys[block]) in wanted:
+                wanted.discard(key)
+                self._fetcher.drop(seq.job.id, key)
+
     def _credit(self, seq: Sequence, start: int, stop: int, source: str) -> None:
+        self._no_longer_wanted(seq, start, stop)
         seq.table.holes.fill(start, stop)
         seq.lost.fill(start, stop)
         uncredited = self._uncredited[seq.job.id]

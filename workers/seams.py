@@ -194,7 +194,7 @@ class NoBank:
 
 
 class Fetcher(Protocol):
-    """Looks below the device ahead of need. `want` and `forget` never wait."""
+    """Looks below the device ahead of need. `want`, `drop` and `forget` never wait."""
 
     def want(self, job: str, keys: Sequence[BlockKey], tokens: Sequence[bytes], *, now: float) -> None:
         """The job will need the spans (or tail blocks) that end with these keys, in this order."""
@@ -204,6 +204,9 @@ class Fetcher(Protocol):
 
     def load(self, job: str, key: BlockKey, slot: SlotId, start: int) -> str | None:
         """Write the bytes into `slot` from token `start` of the span on; returns the source, None if they are gone."""
+
+    def drop(self, job: str, key: BlockKey) -> None:
+        """The job will not load this one: it came from elsewhere, or was computed. Safe to repeat."""
 
     def forget(self, job: str) -> None: ...
 
@@ -218,5 +221,7 @@ class NoFetcher:
 
     def load(self, job: str, key: BlockKey, slot: SlotId, start: int) -> str | None:
         return None
+
+    def drop(self, job: str, key: BlockKey) -> None: ...
 
     def forget(self, job: str) -> None: ...
