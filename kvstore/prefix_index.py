@@ -12,7 +12,7 @@ Knows spans and keys; knows nothing of slots, tensors or tiers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvbank.kvstore.layout import BlockKey
@@ -97,6 +97,22 @@ class PrefixIndex:
                     continue
             return Hit(span, count)
         return None
+
+    def beneath(self, keys: Iterable[bytes], also: Iterable[Span] = ()) -> list[Span]:
+        """Every listed span (and of `also`) whose key chain passes through one of these blocks: it holds it, or was computed
+        from it. Looks at every span once."""
+        beside: dict[bytes, list[Span]] = {}               # key -> spans that hold its block, or go on where it ends
+        for span in {span.uid: span for span in (*self._by_key.values(), *also)}.values():
+            for key in (span.parent, *span.keys):
+                beside.setdefault(key, []).append(span)
+        found: dict[int, Span] = {}
+        due = list(keys)
+        while due:
+            for span in beside.pop(due.pop(), ()):
+                if span.uid not in found:
+                    found[span.uid] = span
+                    due += span.keys
+        return list(found.values())
 
     def take_changes(self) -> tuple[list[BlockKey], list[BlockKey]]:
         """Keys added and removed since the last call, for the report to the control plane."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from threading import RLock
 
@@ -202,6 +202,21 @@ class Vault:
                 del self._coming[slot]
                 heapq.heappush(self._blank, slot)
 
+    def distrust(self, keys: Iterable[bytes]) -> list[Span]:
+        """No span that holds one of these blocks, or was made from one, is found again: idle ones are dropped, and those that
+        a borrower adopted do not come back as cache. Returns all of them."""
+        with self.lock:
+            lent = {span.uid: span for span in self._lent.values() if span is not None}
+            spans = self.index.beneath(keys, lent.values())
+            for span in spans:
+                if span.uid in self._idle:
+                    self.drop(span)
+                elif span.uid in lent:
+                    span.place = GONE
+                else:
+                    self.index.withdraw(span)
+            return spans
+
     def drop_idle(self) -> int:
         """Forget everything cached and not read. Returns how many spans went."""
         with self.lock:
@@ -248,11 +263,12 @@ class Vault:
     ) -> None:
         """A loan on the slot ended. With keys its bytes stay as an idle cached span, evictable at once."""
         with self.lock:
-            del self._lent[slot]
-            if not keys or self.index.find(keys[-1]) is not None:
+            was = self._lent.pop(slot)
+            if not keys or self.index.find(keys[-1]) is not None or (was is not None and was.place == GONE):
                 heapq.heappush(self._blank, slot)
                 return
-            span = Span(slot=slot, keys=list(keys), tokens=tokens, digest=digest)
+            parent = b"" if was is None else was.parent
+            span = Span(slot=slot, keys=list(keys), tokens=tokens, digest=digest, parent=parent)
             self.index.adopt(span)
             self._idle[span.uid] = span
 

@@ -34,7 +34,7 @@ from kvbank.workers.seams import Adopted, AdoptEnded, BankEvent, Lost, Move, Mov
 
 log = logging.getLogger(__name__)
 
-REMEMBERED = 8192                            # spans left at lenders whose place we remember
+REMEMBERED = 8192                            # spans left at lenders whose place we remember, and keys we distrust
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,7 @@ class Borrower:
         self._asking: dict[str, set[int]] = {}       # job -> uids without an answer
         self._key_of: dict[int, BlockKey] = {}       # uid -> the span's own key, while it is away
         self._left: OrderedDict[BlockKey, Boot] = OrderedDict()      # settled with keep: probably cached there
+        self._distrusted: OrderedDict[BlockKey, None] = OrderedDict()
         self._asked = 0                              # slots asked for and neither granted nor refused
         self._inbox: list[Any] = []
         self._lock = Lock()
@@ -148,6 +149,14 @@ class Borrower:
         with self._lock:
             return [key for key in keys if key in self._left]
 
+    def distrust(self, keys: Sequence[BlockKey]) -> None:
+        with self._lock:
+            for key in keys:
+                self._left.pop(key, None)
+                self._distrusted[key] = None
+            while len(self._distrusted) > REMEMBERED:
+                self._distrusted.popitem(last=False)
+
     def bring_home(self, uid: int, slot: SlotId) -> None:
         with self._lock:
             self._homes[uid] = _Home(slot)
@@ -158,7 +167,7 @@ class Borrower:
             for uid in uids:
                 self._homes.pop(uid, None)           # bytes on their way home must not land in a slot given up
                 ref, key = self._where.pop(uid, None), self._key_of.pop(uid, None)
-                if keep and ref is not None and key is not None:
+                if keep and ref is not None and key is not None and key not in self._distrusted:
                     self._left[key] = ref.lender_boot
                     self._left.move_to_end(key)
             while len(self._left) > REMEMBERED:
@@ -290,6 +299,7 @@ class Borrower:
             holders |= {key: lender.boot for key in held if key not in holders}
         with self._lock:                             # what we left behind ourselves is known before control hears of it
             holders = {key: self._left.pop(key) for key in keys if key in self._left} | holders
+            holders = {key: boot for key, boot in holders.items() if key not in self._distrusted}
         by_boot: dict[Boot, list[BlockKey]] = {}
         for key in keys:
             if key in holders:
@@ -336,6 +346,9 @@ class Borrower:
                 return StayedAway(uid)
             case loans.MustReturn(uid=uid, within_s=within_s, why=why):
                 return MustReturn(uid, within_s, why)
+            case loans.Adopted(uid=uid, key=key) if key in self._distrusted:     # asked for before we knew
+                self._tell(loans.NoLongerNeeded((uid,), False))
+                return None
             case loans.Adopted(uid=uid, key=key, ref=ref):
                 self._where[uid] = ref
                 with self._lock:

@@ -92,6 +92,9 @@ class ChainBank:
     def left(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
         return []
 
+    def distrust(self, keys: Sequence[BlockKey]) -> None:
+        """Nobody is ever asked."""
+
     def bring_home(self, uid: int, slot: SlotId) -> None:
         if (lent := self._lent.get(uid)) is None:
             return                                         # lost since it was recalled: the engine hears of it next

@@ -102,6 +102,14 @@ class Reuse:
             parent = seq.keys[-1] if done else None
             seq.keys += block_keys(root, seq.token_ids[done * self._block : full * self._block], self._block, parent=parent)
 
+    def drop_fetched(self, keys: Iterable[BlockKey]) -> None:
+        """What was fetched under these keys, or is on its way, is not used."""
+        for key in keys:
+            for job, wanted in self._wanted.items():
+                if key in wanted:
+                    wanted.discard(key)
+                    self._fetcher.drop(job, key)
+
     # -- before a sequence computes ----------------------------------------------------------------------------------
 
     def fill(self, seq: Sequence, now: float) -> str:

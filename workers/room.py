@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from kvbank.kvstore.layout import SlotId
+from kvbank.kvstore.layout import BlockKey, SlotId
 from kvbank.kvstore.span_table import GONE, HOST, LOCAL, REMOTE, Span
 from kvbank.kvstore.vault import OutOfSlots, Vault
 from kvbank.workers.seams import (
@@ -44,13 +44,15 @@ class Room:
         self, vault: Vault, backend: Backend, bank: Bank, *, blocks_per_span: int,
         running: Callable[[], list[Sequence]], queued: Callable[[], list[Sequence]],
         preemptable: Callable[[], list[Sequence]], preempt: Callable[[Sequence], None],
+        drop_fetched: Callable[[list[BlockKey]], None] = lambda keys: None,
     ) -> None:
         """running, queued: oldest first. preemptable: running and not in the current plan. preempt: sends a running
-        sequence back to the queue."""
+        sequence back to the queue. drop_fetched: what came from the tiers under these keys is not used."""
         self._vault, self._backend, self._bank = vault, backend, bank
         self._bps = blocks_per_span
         self._running, self._queued = running, queued
         self._preemptable, self._preempt = preemptable, preempt
+        self._drop_fetched = drop_fetched
         self._moving: dict[int, Span] = {}         # a copy is on its way to a lender
         self.away: dict[int, Span] = {}            # REMOTE, by uid
         self.parked: dict[int, Span] = {}          # HOST, by uid
@@ -169,15 +171,40 @@ class Room:
             return
         self._vault.index.withdraw(span)
         span.place = GONE
+        if reason == TAINTED:
+            self._distrust(span)
+            return
         for seq in self._running():
             for index, held in seq.table.live():
-                if held is span and reason == TAINTED:
-                    self._taint(seq, index)
-                elif held is span:
+                if held is span:
                     lost = seq.table.lose(index, seq.num_tokens)
                     seq.lost.add(index * seq.table.span_tokens, index * seq.table.span_tokens + lost)
                     seq.loss_reason = reason
                     self._reopen_window(seq)
+
+    def _distrust(self, lost: Span) -> None:
+        """A span's bytes were wrong: what was made from it is not found again, whoever made it and wherever we know it to
+        lie, and the jobs that read any of it are computed again from there, or fail."""
+        jobs = [*self._running(), *self._queued()]
+        wrong = dict.fromkeys(lost.keys)
+        for seq in jobs:                           # the chains of running jobs also pass through spans that are not listed
+            start = next((at for at, key in enumerate(seq.keys) if key in wrong), len(seq.keys))
+            wrong |= dict.fromkeys(seq.keys[start:])
+        made = {span.uid: span for span in (lost, *self._vault.distrust(wrong))}
+        wrong |= dict.fromkeys(key for span in made.values() for key in span.keys)
+        for seq in self._running():
+            first = next((at for at, span in seq.table.live() if span.uid in made), None)
+            if first is not None:
+                self._taint(seq, first)
+        for seq in jobs:
+            for key in [key for key in seq.adopted if key in wrong]:
+                if not (span := seq.adopted.pop(key)).refs and self.away.pop(span.uid, None) is not None:
+                    span.place = GONE
+                    self._bank.settle([span.uid], keep=False)
+        keys = list(wrong)
+        self._backend.forget(keys)
+        self._bank.distrust(keys)
+        self._drop_fetched(keys)
 
     def spoil(self, seq: Sequence) -> None:
         """What a job computed and read gave no finite numbers: none of it is found again."""

@@ -57,7 +57,8 @@ class Scheduler:
                            span_tokens=config.span_tokens, window=window)
         self.room = Room(vault, backend, bank, blocks_per_span=config.span_tokens // config.block_size,
                          running=lambda: self.running, queued=lambda: self.waiting,
-                         preemptable=lambda: [s for s in self.running if s not in self.planned], preempt=self._preempt)
+                         preemptable=lambda: [s for s in self.running if s not in self.planned], preempt=self._preempt,
+                         drop_fetched=self.reuse.drop_fetched)
 
     # -- jobs --------------------------------------------------------------------------------------------------------
 

@@ -152,6 +152,9 @@ class Bank(Protocol):
     def left(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
         """Those of these span keys that lenders probably cache because we left them there, and nobody asked for since."""
 
+    def distrust(self, keys: Sequence[BlockKey]) -> None:
+        """Peers are not asked again for what they cache under these keys: it may have been made from wrong bytes."""
+
     def bring_home(self, uid: int, slot: SlotId) -> None:
         """Fetch a lent span into a slot of ours; ends in Returned, StayedAway or Lost."""
 
@@ -179,6 +182,9 @@ class NoBank:
 
     def left(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
         return []
+
+    def distrust(self, keys: Sequence[BlockKey]) -> None:
+        """Nobody is ever asked."""
 
     def bring_home(self, uid: int, slot: SlotId) -> None:
         raise AssertionError("nothing is lent")
