@@ -55,6 +55,7 @@ from kvbank.kvstore.loan_events import (
 )
 from kvbank.kvstore.messages import (
     ABSENT,
+    ATTEND,
     CAP,
     FULL,
     Age,
@@ -145,6 +146,7 @@ class LenderView:
     changed_at: float = -math.inf
     heard_at: float = -math.inf
     gone: bool = False                        # that life is over, by all we know: nothing is said to it
+    fit: str = ""                             # what it said it can do with our spans: ATTEND | FETCH_ONLY | NO
 
 
 class DebtBook:
@@ -210,6 +212,11 @@ class DebtBook:
         """That life of a lender would not be asked now: it refused, recalled or stayed silent a moment ago."""
         known = self._lenders.get(lender)
         return known is not None and now < max(known.avoid_until, known.full_until)
+
+    def attends(self, lender: Boot) -> bool:
+        """That life of a lender said that its arithmetic gives our bits. Any other only hands out what it holds."""
+        known = self._lenders.get(lender)
+        return known is not None and known.fit == ATTEND
 
     def check(self) -> list[str]:
         """Broken laws, in words; empty when all is well."""
@@ -516,6 +523,9 @@ class DebtBook:
     def _other_boot(self, now: float, message: OtherBoot, _sender: Boot) -> None:
         self._peer_gone(now, PeerGone(message.asked), self.boot)
 
+    def _hello_ack(self, now: float, message: HelloAck, sender: Boot) -> None:
+        self._lender(sender).fit = message.fit
+
     def _nothing(self, now: float, message: Any, _sender: Boot) -> None:
         """Heard, and nothing follows from it."""
 
@@ -751,7 +761,7 @@ class DebtBook:
         Stale: _stale,
         Renewed: _renewed,
         OtherBoot: _other_boot,
-        HelloAck: _nothing,
+        HelloAck: _hello_ack,
         Settled: _nothing,
         PeerGone: _peer_gone,
         AttendSilent: _attend_silent,

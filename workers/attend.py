@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -30,11 +31,13 @@ Staged = tuple[Tensor, list[tuple[int, list[tuple[int, int]]]]]
 @dataclass(slots=True)
 class RemoteReply:
     """What came for one layer from all lenders. `whole`: (rows, out, lse). `staged`: K and V that were fetched instead, as
-    (kv [n, 2, kv_heads, span_tokens, head_dim], [(segment number, [(span index, row of kv)])])."""
+    (kv [n, 2, kv_heads, span_tokens, head_dim], [(segment number, [(span index, row of kv)])]). `later`: more of it, fetched
+    group by group while it is iterated, because staging has no room for all of it at once."""
 
     whole: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     nodes: dict[Node, tuple[Tensor, Tensor]] = field(default_factory=dict)
     staged: list[Staged] = field(default_factory=list)
+    later: Iterable[Staged] = ()
 
 
 class RemoteAttention(Protocol):
@@ -47,7 +50,7 @@ class RemoteAttention(Protocol):
         """q [T, H, d] of the whole batch; returns once written to every lender."""
 
     def receive(self, layer: int, lost: dict[int, str]) -> RemoteReply:
-        """Bounded wait. A span whose partial did not come is added to `lost` (uid -> why)."""
+        """Bounded wait. A span whose partial did not come is added to `lost` (uid -> why), until `later` is used up."""
 
 
 class Staging(Protocol):
@@ -124,7 +127,7 @@ class JoinedAttention:
             assert self.remote is not None
             reply = self.remote.receive(layer, self.lost)
             self.remote_calls += 1
-            parts += [self._staged(kv, uses, window, q) for kv, uses in reply.staged]
+            parts += [self._staged(kv, uses, window, q) for kv, uses in chain(reply.staged, reply.later)]
         merged = self._merge_bitwise(parts, reply, q) if shape.exactness == "bitwise" else self._merge_fast(parts, reply)
         return merged.to(q.dtype)
 

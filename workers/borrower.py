@@ -198,6 +198,10 @@ class Borrower:
         ref = self._where.get(uid)
         return None if ref is None else (self._name(ref.lender_boot), (ref.loan, ref.slot, ref.gen))
 
+    def attends(self, lender: str) -> bool:
+        assert self._banker is not None and self._banker.book is not None
+        return self._banker.book.attends(self._boots[lender])
+
     def stream(self, lender: str) -> HotAdapter:
         assert self._banker is not None
         boot, banker = self._boots[lender], self._banker

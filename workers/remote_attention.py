@@ -2,14 +2,15 @@
 
 Per step the rows that read lent spans are grouped by lender; each group becomes one or more parts, small enough that
 no message is too long. The smaller thing travels: queries and partials (decode), or, for many rows over few tokens, the
-layer's K and V, asked for one layer ahead. A lender that stays silent costs its spans (they are replayed), never the step.
+layer's K and V, asked for one layer ahead. From a lender whose arithmetic is not ours K and V always come, group after group
+where staging has no room for all of it. A lender that stays silent costs its spans (they are replayed), never the step.
 
 Knows rows, refs and streams; knows nothing of terms or of what happens to a lost span.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -19,10 +20,12 @@ import torch
 from torch import Tensor
 
 from kvbank.kvstore.transport.hot import Attend, HotFormatError, HotPlan, Layer, Partial, PlanItem, Want, unpack
-from kvbank.workers.attend import AttentionShape, RemoteReply
+from kvbank.workers.attend import AttentionShape, RemoteReply, Staged
 from kvbank.workers.batch import StepPlan
 
 PART_BYTES = 3 << 20                         # of queries or partials in one message
+KNOWN_PLANS = 7                              # of one stream; the lender remembers one more (workers/attend_server.py)
+FETCHED_PARTS = KNOWN_PLANS - 2              # of one lender in a step: each is a plan, and those that attend need theirs
 
 Ref = tuple[int, int, int]                   # loan, slot, gen
 _Piece = tuple[int, dict[int, int], list[tuple[int, Ref]]]    # segment number, span index -> uid, (span index, ref)
@@ -51,6 +54,9 @@ class Lendings(Protocol):
 
     def where(self, uid: int) -> tuple[str, Ref] | None:
         """(lender id, ref) of a REMOTE span; None when it is no longer readable."""
+
+    def attends(self, lender: str) -> bool:
+        """Its arithmetic is ours. Else it is asked for K and V only."""
 
     def stream(self, lender: str) -> HotStream:
         """Open or reuse: the same object for as long as the lender remembers what it was told on it. Raises StreamBroken."""
@@ -96,6 +102,7 @@ class RemoteAttention:
         self._plan_ids = count(1)
         self._known: dict[tuple[object, ...], int] = {}     # content of a plan -> its id at that lender's stream
         self._parts: list[_Part] = []
+        self._later: list[_Part] = []                       # fetched one after the other, each when its turn has come
         self._broken: dict[str, str] = {}
         self._streams: dict[str, HotStream] = {}            # of this step: one that breaks is not replaced within it
         self._told: dict[str, HotStream] = {}               # the stream that knows our plans
@@ -112,18 +119,23 @@ class RemoteAttention:
         self._unplaced: dict[int, str] = {}
         self._early = {}
         self._parts = []
-        room = self._staged_layers
-        for lender, pieces in self._by_lender(plan).items():
-            fetched: list[_Piece] = []
+        by_lender = self._by_lender(plan)
+        others = [lender for lender in by_lender if not self._lendings.attends(lender)]
+        room = self._fetch_all({lender: by_lender.pop(lender) for lender in others})
+        for lender, pieces in by_lender.items():
+            fetched: list[_Part] = []
             asked: list[_Piece] = []
             for piece in pieces:
-                fits = len(piece[2]) <= room and self._fetches(plan.rows[piece[0]].num_rows, len(piece[2]))
-                room -= len(piece[2]) if fits else 0
-                (fetched if fits else asked).append(piece)
-            self._parts += self._cut_spans(lender, fetched)
+                if len(piece[2]) <= room and self._fetches(plan.rows[piece[0]].num_rows, len(piece[2])):
+                    cut = list(self._cut_spans(lender, [piece], self._spans_per_part))
+                    if len(fetched) + len(cut) <= FETCHED_PARTS:
+                        fetched += cut
+                        room -= len(piece[2])
+                        continue
+                asked.append(piece)
+            self._parts += fetched
             self._parts += self._cut(lender, asked, plan)
-        for part in self._parts:
-            self._announce(part)
+        self._announce_all()
 
     def send(self, layer: int, window: int | None, q: Tensor) -> None:
         for part in self._parts:
@@ -148,7 +160,7 @@ class RemoteAttention:
                 continue
             self._note_stale(part, answer, lost)
             if isinstance(answer, Layer):
-                self._stage(part, answer, reply)
+                reply.staged += self._stage(part, answer)
             else:
                 self._unfold(part, answer, reply, pieces)
         for key, found in pieces.items():
@@ -157,6 +169,7 @@ class RemoteAttention:
             found.sort(key=lambda piece: piece[0])
             reply.nodes[key] = (torch.cat([out for _, out, _ in found]), torch.cat([lse for _, _, lse in found]))
         lost.update(self._unplaced)
+        reply.later = self._fetch_later(layer, lost)
         return reply
 
     # -- grouping ----------------------------------------------------------------------------------------------------
@@ -199,12 +212,25 @@ class RemoteAttention:
             return self.ship == "kv"
         return rows * self._query_bytes > spans * self._span_bytes
 
-    def _cut_spans(self, lender: str, pieces: list[_Piece]) -> Iterable[_Part]:
-        """Parts of at most `spans_per_part` spans whose K and V are fetched."""
+    def _fetch_all(self, by_lender: dict[str, list[_Piece]]) -> int:
+        """Parts for lenders that only hand out what they hold: one layer ahead like others that are fetched, if staging has
+        room for all of them, else in groups of which two may lie there. Returns the room that is left, in spans."""
+        parts = [list(self._cut_spans(lender, pieces, self._spans_per_part)) for lender, pieces in by_lender.items()]
+        room = self._staged_layers - sum(len(refs) for pieces in by_lender.values() for _, _, refs in pieces)
+        if room >= 0 and all(len(some) <= KNOWN_PLANS for some in parts):
+            self._later = []
+            self._parts += [part for some in parts for part in some]
+            return room
+        group = max(1, min(self._spans_per_part, self._staged_layers // 2))
+        self._later = [part for lender, pieces in by_lender.items() for part in self._cut_spans(lender, pieces, group)]
+        return self._staged_layers - group
+
+    def _cut_spans(self, lender: str, pieces: list[_Piece], most: int) -> Iterable[_Part]:
+        """Parts of at most `most` spans whose K and V are fetched."""
         empty = torch.zeros(0, dtype=torch.int64)
         for number, uids, refs in pieces:
-            for first in range(0, len(refs), self._spans_per_part):
-                some = refs[first : first + self._spans_per_part]
+            for first in range(0, len(refs), most):
+                some = refs[first : first + most]
                 hot = self._hot_plan((PlanItem(0, tuple((index, *ref) for index, ref in some)),))
                 yield _Part(lender, hot, empty, np.zeros(0, np.int64), [(number, 0, {i: uids[i] for i, _ in some})], fetch=True)
 
@@ -223,6 +249,13 @@ class RemoteAttention:
         return _Part(lender, self._hot_plan(wire), torch.from_numpy(rows), plan.positions[rows],
                      [(number, offset, uids) for number, offset, _, uids, _ in items])
 
+    def _announce_all(self) -> None:
+        """Where one plan is new, all of this step are told anew: the lender forgets the oldest, whether in use or not."""
+        for lender in dict.fromkeys(part.lender for part in self._parts if (part.lender, part.plan.items) not in self._known):
+            self._forget_plans(lender)
+        for part in self._parts:
+            self._announce(part)
+
     def _announce(self, part: _Part) -> None:
         """Send the plan unless this stream knows it already: in decode it seldom changes."""
         if self._stream(part.lender) is None:
@@ -233,8 +266,8 @@ class RemoteAttention:
         part.plan = HotPlan(fresh, part.plan.heads, part.plan.kv_heads, part.plan.head_dim, part.plan.scale,
                             part.plan.exactness, part.plan.items)
         if known is None:
-            for old in [k for k in self._known if k[0] == part.lender][:-6]:
-                del self._known[old]               # the lender keeps the last eight
+            for old in [k for k in self._known if k[0] == part.lender][: 1 - KNOWN_PLANS]:
+                del self._known[old]
             self._known[key] = fresh
             self._send(part.lender, part.plan.pack())
 
@@ -305,15 +338,28 @@ class RemoteAttention:
             lost.update(dict.fromkeys(stale, "stale"))
             self._lendings.stale(stale)
 
-    def _stage(self, part: _Part, layer: Layer, reply: RemoteReply) -> None:
+    def _fetch_later(self, layer: int, lost: dict[int, str]) -> Iterator[Staged]:
+        """One group at a time: it is asked for when the one before has been attended."""
+        for part in self._later:
+            self._announce(part)                   # again: with many groups the lender forgets the first ones
+            self._send(part.lender, Want(part.plan.plan, self._step, layer).pack())
+            answer = self._receive(part, layer)
+            if answer is None:
+                lost.update(dict.fromkeys(part.uids, self._broken[part.lender]))
+                continue
+            self._note_stale(part, answer, lost)
+            assert isinstance(answer, Layer)
+            yield from self._stage(part, answer)
+
+    def _stage(self, part: _Part, layer: Layer) -> list[Staged]:
         shape, (number, _, uids) = self._shape, part.items[0]
         stale = {index for _, index in layer.stale.tolist()}
         indices = [index for index in uids if index not in stale]
         if not indices or not layer.data:
-            return
+            return []
         kv = torch.frombuffer(bytearray(layer.data), dtype=shape.dtype).to(shape.device)
         kv = kv.view(len(indices), 2, shape.kv_heads, shape.span_tokens, self._head_dim)
-        reply.staged.append((kv, [(number, [(index, row) for row, index in enumerate(indices)])]))
+        return [(kv, [(number, [(index, row) for row, index in enumerate(indices)])])]
 
     def _unfold(
         self, part: _Part, partial: Partial, reply: RemoteReply,
