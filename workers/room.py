@@ -2,7 +2,8 @@
 
 The ladder of make_room, one rung after the other:
 
-    0 recall what is lent to younger jobs elsewhere (it comes within two seconds; the ladder does not wait for it)
+    0 recall what is lent to younger jobs elsewhere (it comes within two seconds; the ladder does not wait for it), and
+      give back what nobody here reads yet of what peers lend us
     1 evict idle cached spans        (the vault does it by itself; their bytes spill to the tiers)
     2 lend out the oldest full spans (a neighbour holds them and computes on them)
     3 park them on the host tier     (read back through staging, layer by layer)
@@ -72,7 +73,9 @@ class Room:
         self._bank.recall(short, age=seq.job.age)   # what younger jobs elsewhere hold of ours comes back by and by
         movable = self._movable(seq)
         if (wanted := short - len(self._moving)) > 0:
-            self._lend(seq, movable[: min(wanted, self._bank.lendable())])
+            if wanted > (lendable := self._bank.lendable()):
+                self._give_back(seq)
+            self._lend(seq, movable[: min(wanted, lendable)])
         if len(self._moving) >= short:
             return False                            # they will be free within a step or two
         if self._park([span for span in movable if not span.moving and span.uid not in planned][: short - len(self._moving)]):
@@ -112,6 +115,15 @@ class Room:
             assert span.slot is not None
             moves.append(Move(span.uid, span.slot, tuple(span.keys), span.tokens, span.parent))
         self._bank.lend_out(moves, tenant=seq.job.tenant, age=seq.job.age)
+
+    def _give_back(self, seq: Sequence) -> None:
+        """A queued job holds nothing that a running one needs: what it adopted goes back to the lenders, who cache it. So
+        does what `seq` adopted for a place that was filled otherwise since."""
+        for other in self._queued():
+            self.settle(other.adopted.values())
+            other.adopted.clear()
+        filled = [key for key in seq.adopted if seq.table.at(seq.keys.index(key) // self._bps) is not None]
+        self.settle([seq.adopted.pop(key) for key in filled])
 
     def _park(self, spans: list[Span]) -> bool:
         parked = 0

@@ -56,3 +56,30 @@ def test_lenders_that_refuse_do_not_keep_a_job_from_its_own_host_tier(town, prom
     got = one.run(job)
     assert not got.errors
     assert got.tally["a"].parked_blocks_peak > 0
+
+
+def test_what_a_queued_job_adopted_does_not_keep_the_oldest_from_its_memory(town, alone, run_jobs, prompt) -> None:
+    """Four slots here and six at the lender. The queued job's prefix fills the lender; the oldest needs all ten."""
+    first = JobSpec(id="first", prompt=prompt(1150, 1), max_tokens=2, ignore_eos=True)
+    blocker = JobSpec(id="blocker", prompt=prompt(100, 3), max_tokens=400, age=0, ignore_eos=True)
+    oldest = JobSpec(id="oldest", prompt=prompt(1200, 2), max_tokens=8, age=1, ignore_eos=True)
+    queued = JobSpec(id="queued", prompt=first.prompt, max_tokens=2, age=2, ignore_eos=True)
+    want = run_jobs(alone(), oldest, first)
+    one = town(lenders=1, device_blocks=32, lender_blocks=48, stall_s=10.0)
+    one.run(first)
+    one.settle()
+    engine = one.worker.engine
+    adopted: list[int] = []
+
+    def free_the_way() -> None:
+        waits = next((seq for seq in engine.jobs() if seq.job is queued), None)
+        if not adopted and waits is not None and len(waits.adopted) >= 5:
+            adopted.append(len(waits.adopted))
+            engine.add(oldest)
+            engine.cancel("blocker")
+
+    got = one.run(blocker, queued, each_step=free_the_way)
+    assert adopted, "nothing was adopted in the queue"
+    got.errors.pop("blocker")
+    assert not got.errors
+    assert got.tokens["oldest"] == want.tokens["oldest"] and got.tokens["queued"] == want.tokens["first"]
