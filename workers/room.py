@@ -8,6 +8,7 @@ The ladder of make_room, one rung after the other:
     2 lend out the oldest full spans (a neighbour holds them and computes on them)
     3 park them on the host tier     (read back through staging, layer by layer)
     4 preempt the youngest job       (its spans become idle; it is found again by key)
+    5 drop spans of one's own that are not full, above the lowest hole (nobody takes such a span)
 
 The oldest job is never preempted, so one job always progresses. Engine thread only.
 """
@@ -70,6 +71,8 @@ class Room:
         planned: uids of spans that the plan in the making reads; lending them is fine (they flip after the step), parking
         them is not.
         """
+        if self._drop_unfinished(seq, begun=False):
+            return True
         self._bank.recall(short, age=seq.job.age)   # what younger jobs elsewhere hold of ours comes back by and by
         movable = self._movable(seq)
         if (wanted := short - len(self._moving)) > 0:
@@ -82,7 +85,7 @@ class Room:
             return True
         if self._moving:
             return False
-        return self._preempt_younger(seq)
+        return self._preempt_younger(seq) or self._drop_unfinished(seq, begun=True)
 
     def lend_ahead(self, seq: Sequence, wanted: int) -> None:
         """Start lending before the slots are short, so that the copy overlaps with compute."""
@@ -140,6 +143,22 @@ class Room:
         """The span leaves the device under the key of its last block; its prompt's end must be found without that."""
         if (tail := span.prompt_tail()) is not None:
             self._backend.spill(tail)
+
+    def _drop_unfinished(self, seq: Sequence, *, begun: bool) -> bool:
+        """Free the slots of `seq` above its lowest hole whose spans are not full. Steps that lost what they read leave such
+        spans behind; what is lower is computed first and needs the slots. begun: also of spans that hold something, which
+        is computed again."""
+        table, before = seq.table, self._vault.num_free
+        lowest = table.holes.lowest[0] // table.span_tokens
+        for index, span in table.live():
+            if index <= lowest or span.place != LOCAL or span.moving or len(span.keys) == self._bps:
+                continue
+            start, stop = index * table.span_tokens, min((index + 1) * table.span_tokens, seq.num_tokens)
+            if begun or table.holes.overlap(start, stop) == stop - start:
+                if table.lose(index, seq.num_tokens):
+                    self._reopen_window(seq)
+                self.release([span])
+        return self._vault.num_free > before
 
     def _preempt_younger(self, seq: Sequence) -> bool:
         candidates = self._preemptable()

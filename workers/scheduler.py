@@ -226,11 +226,13 @@ class Scheduler:
 
     def _take_slots(self, seq: Sequence, start: int, stop: int) -> int:
         """Make start .. stop-1 writable, or as much of it as there is room for. Returns the new stop."""
-        needed = [i for i in range(start // self._span, (stop - 1) // self._span + 1) if seq.table.at(i) is None]
-        short = len(needed) - self.vault.num_free
+        needed = range(start // self._span, (stop - 1) // self._span + 1)
+        short = sum(seq.table.at(index) is None for index in needed) - self.vault.num_free
         if short > 0:
             self._make_room(seq, short)
         for index in needed:
+            if seq.table.at(index) is not None:
+                continue
             try:
                 (span,) = self.vault.new_spans(1)
             except OutOfSlots:                          # also when a lending thread was faster

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from itertools import count
 
+import pytest
+
 from kvbank.errors import Unavailable
+from kvbank.kvstore.vault import Vault
+from kvbank.workers.batch import StepResult
 from kvbank.workers.borrower import Lender
+from kvbank.workers.config import WorkerConfig
+from kvbank.workers.engine import Engine, Finished
+from kvbank.workers.seams import Moved, NoBank
 from kvbank.workers.sequence import JobSpec
 
 
@@ -83,3 +90,61 @@ def test_what_a_queued_job_adopted_does_not_keep_the_oldest_from_its_memory(town
     got.errors.pop("blocker")
     assert not got.errors
     assert got.tokens["oldest"] == want.tokens["oldest"] and got.tokens["queued"] == want.tokens["first"]
+
+
+class Generous(NoBank):
+    """A bank whose lenders take everything at once."""
+
+    def __init__(self) -> None:
+        self.news: list[Moved] = []
+
+    def lendable(self) -> int:
+        return 100
+
+    def lend_out(self, moves, *, tenant, age) -> None:
+        self.news += [Moved(move.uid, "lender-0") for move in moves]
+
+    def settle(self, uids, *, keep) -> None: ...
+
+    def poll(self) -> list[Moved]:
+        news, self.news = self.news, []
+        return news
+
+
+class Faulty:
+    """A model that always says 7, and loses spans at lenders: `faults` is a list of (in the step that computes from token
+    `start` on, every lent span with at least this index), each met once and in this order."""
+
+    def __init__(self, *faults: tuple[int, int]) -> None:
+        self.faults = list(faults)
+
+    def run(self, plan, *, keep_logits=False) -> StepResult:
+        (rows,), lost = plan.rows, {}
+        if self.faults and rows.start == self.faults[0][0]:
+            _, first = self.faults.pop(0)
+            lost = {uid: "silent" for index, uid in rows.remote if index >= first}
+            assert lost, "the fault had no effect"
+        return StepResult([7 for _ in plan.draws], lost)
+
+    def copy_tokens(self, source, target, start, stop) -> None: ...
+
+    def parkable(self) -> int:
+        return 0
+
+    def spill(self, span) -> None: ...
+
+
+@pytest.mark.parametrize(("chunk", "slots", "faults"), [
+    (16, 6, [(48, 2), (8, 0)]),              # two steps that lost what they read leave slots behind with nothing in them
+    (2, 3, [(54, 8), (34, 4), (18, 0)]),     # steps end within spans: what they leave behind is half full
+])
+def test_losses_one_below_the_other_leave_room_for_the_lowest(chunk, slots, faults) -> None:
+    config = WorkerConfig(model="", device_blocks=2 * slots, block_size=2, span_tokens=4, prefill_chunk_tokens=chunk)
+    vault, backend = Vault(slots, blocks_per_span=2), Faulty(*faults)
+    engine = Engine(config, vault, backend, clock=lambda: 0.0, root_of=lambda tenant: b"root", bank=Generous(),
+                    capacity_tokens=lambda: 1000)
+    engine.add(JobSpec(id="a", prompt=list(range(72)), max_tokens=4))
+    end = engine.run_until_idle(max_steps=500)[-1]
+    assert isinstance(end, Finished) and not backend.faults
+    assert end.tally.recomputed_after_fault > 0
+    assert vault.counts().held == 0 and not vault.check() and not engine.room.away
