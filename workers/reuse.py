@@ -112,9 +112,12 @@ class Reuse:
 
     # -- before a sequence computes ----------------------------------------------------------------------------------
 
-    def fill(self, seq: Sequence, now: float) -> str:
+    def fill(self, seq: Sequence, now: float, *, whole: bool = False) -> str:
         """Fill holes from the lowest on until one must be computed. Returns '' or what to wait for instead:
-        'prefix' (an older job computes it), 'fetch' (bytes are on their way). Raises OutOfSlots."""
+        'prefix' (an older job computes it), 'fetch' (bytes are on their way). Raises OutOfSlots.
+
+        whole: of the device's spans only whole ones. A copy of some blocks takes a slot beside the one they lie in.
+        """
         if seq.is_decoding and seq.num_tokens != seq.num_prompt:
             return ""
         if self._window is not None and len(seq.table.holes) == seq.num_tokens:
@@ -126,7 +129,7 @@ class Reuse:
             if hole % self._block or block >= usable:
                 return ""
             group = seq.keys[index * self._bps : min((index + 1) * self._bps, usable)]
-            if self._fill_from_device(seq, index, hole, group) or self._fill_from_peer(seq, index, hole, group):
+            if self._fill_from_device(seq, index, hole, group, whole=whole) or self._fill_from_peer(seq, index, hole, group):
                 continue
             reason = self._fill_from_tiers(seq, index, hole, group, now)
             if reason == "filled":

@@ -192,9 +192,10 @@ class Scheduler:
             seq.waits_for = self.reuse.fill(seq, now)
         except OutOfSlots as short:
             seq.waits_for = "slots"
-            if not self._make_room(seq, short.short):
-                return 0
-            seq.waits_for = self._fill_again(seq, now)
+            if self._make_room(seq, short.short):
+                seq.waits_for = self._fill_again(seq, now)
+            elif self.vault.num_free and not self.room.waiting:      # all that is free is what would be copied
+                seq.waits_for = self._fill_again(seq, now, whole=True)
         if seq.waits_for:
             return 0
         start, hole_end = seq.table.holes.lowest
@@ -214,9 +215,9 @@ class Scheduler:
         self._lend_ahead(seq, stop)
         return stop - start
 
-    def _fill_again(self, seq: Sequence, now: float) -> str:
+    def _fill_again(self, seq: Sequence, now: float, *, whole: bool = False) -> str:
         try:
-            return self.reuse.fill(seq, now)
+            return self.reuse.fill(seq, now, whole=whole)
         except OutOfSlots:
             return "slots"
 

@@ -148,3 +148,12 @@ def test_losses_one_below_the_other_leave_room_for_the_lowest(chunk, slots, faul
     assert isinstance(end, Finished) and not backend.faults
     assert end.tally.recomputed_after_fault > 0
     assert vault.counts().held == 0 and not vault.check() and not engine.room.away
+
+
+def test_the_same_prompt_again_where_it_just_fits(alone, run_jobs, prompt) -> None:
+    """Its last blocks lie in the only slot that is not in use: there is none to copy them to."""
+    engine = alone(device_blocks=24, stall_s=2.0)
+    jobs = [JobSpec(id=name, prompt=prompt(300), max_tokens=4, ignore_eos=True) for name in "ab"]
+    first, again = run_jobs(engine, jobs[0]), run_jobs(engine, jobs[1])
+    assert not again.errors and again.tokens["b"] == first.tokens["a"]
+    assert again.tally["b"].reused["device"] >= 256
