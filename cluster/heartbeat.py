@@ -1,8 +1,9 @@
 """Heartbeat: a member's line to the control plane, on a thread of its own so that no computation can silence it.
 
-It registers, reports every half second, registers again when control does not know it (control was restarted), and asks
-on the member's behalf who could lend or who holds a prefix. Control being away is normal: the last known members stay,
-questions get an empty answer within a fraction of a second, and the reports go on until somebody listens.
+It registers, reports every half second or when somebody must know who is there now, registers again when control does
+not know it (control was restarted), and asks on the member's behalf who could lend or who holds a prefix. Control being
+away is normal: the last known members stay, questions get an empty answer within a fraction of a second, and the reports
+go on until somebody listens.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ class Heartbeat:
         self._waiting_keys = b""
         self._complaint = ""
         self._stopping = threading.Event()
+        self._hurry = threading.Event()          # the next beat is due now
+        self._beats = threading.Condition()
+        self._begun = self._answered = 0         # beats: how many began, and the last one that told who is alive
         self._thread: threading.Thread | None = None
         self._calls = {
             name: self._channel.unary_unary(f"/{SERVICE}/{name}", request_serializer=_serialized,
@@ -82,6 +86,7 @@ class Heartbeat:
     def stop(self) -> None:
         """Say goodbye, so that nobody has to wait for the silence to be noticed."""
         self._stopping.set()
+        self._hurry.set()
         if self._thread is not None:
             self._thread.join(CALL_S + self._interval_s)
             farewell = pb.Report(id=self._request.member.id, session=self._session, seq=self._seq + 1, leaving=True)
@@ -115,15 +120,30 @@ class Heartbeat:
         reply = self._ask("Snapshot", pb.SnapshotRequest(), QUESTION_S)
         return list(reply.members) if reply else []
 
+    def beat_now(self, within_s: float) -> None:
+        """Report now, and wait until control has told who is alive, at most `within_s`: `members` are then no older than
+        this call."""
+        with self._beats:
+            awaited = self._begun + 1
+            self._hurry.set()
+            self._beats.wait_for(lambda: self._answered >= awaited, within_s)
+
     # -- the thread ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         due = time.monotonic()
-        while not self._stopping.wait(max(0.0, due - time.monotonic())):
-            due = max(due + self._interval_s, time.monotonic())      # after a pause: once now, not once per missed beat
+        while True:
+            self._hurry.wait(max(0.0, due - time.monotonic()))
+            if self._stopping.is_set():
+                return
+            self._hurry.clear()
+            if (now := time.monotonic()) >= due:
+                due = max(due + self._interval_s, now)               # after a pause: once now, not once per missed beat
             self._beat()
 
     def _beat(self) -> None:
+        with self._beats:
+            self._begun += 1
         full, self._need_full = self._need_full, False
         self._seq += 1
         try:
@@ -142,6 +162,9 @@ class Heartbeat:
         else:
             self._need_full |= advice.send_full
             self._see(tuple(advice.members))
+            with self._beats:
+                self._answered = self._begun
+                self._beats.notify_all()
 
     def _fit(self, report: pb.Report) -> None:
         """A report fits one message: added keys beyond that wait for the next one, unless they are removed first."""

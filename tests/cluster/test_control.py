@@ -26,12 +26,13 @@ FAST_S = 0.02
 class FakeMember:
     """A member's side: what it holds, what it was told, and its line."""
 
-    def __init__(self, control: str, name: str, kind: str = "model", token: str = TOKEN, **facts: object) -> None:
+    def __init__(self, control: str, name: str, kind: str = "model", token: str = TOKEN, interval_s: float = FAST_S,
+                 **facts: object) -> None:
         self.held: list[bytes] = []
         self.fulls: list[bool] = []
         self.seen: list[list[str]] = []
         self.lendable, self.broken = 8, False
-        self.line = Heartbeat(control, token, interval_s=FAST_S, report=self._report, on_members=self._meet)
+        self.line = Heartbeat(control, token, interval_s=interval_s, report=self._report, on_members=self._meet)
         self.facts = Facts(id=name, boot=os.urandom(16), kind=kind, host="here", pid=1, address="127.0.0.1:1",
                            slot_bytes=4096, slots_total=8, **facts)
 
@@ -120,6 +121,24 @@ def test_an_address_in_use_is_a_config_error(cluster) -> None:
     _, address = cluster()
     with pytest.raises(ConfigError, match="cannot bind"):
         cluster(address)
+
+
+def test_a_member_that_asks_sees_who_came_since_its_last_beat(cluster, eventually) -> None:
+    _, address = cluster(suspect_s=1e3, gone_s=1e3)
+    one = cluster.member(address, "worker-0", interval_s=600.0).start()
+    eventually(lambda: one.seen)
+    cluster.member(address, "lender-0", "lender").start()
+    one.line.beat_now(30.0)
+    assert [member.id for member in one.line.members] == ["lender-0", "worker-0"]
+
+
+def test_a_member_that_asks_while_control_is_away_keeps_what_it_knew(cluster, eventually) -> None:
+    control, address = cluster()
+    one = cluster.member(address, "worker-0").start()
+    eventually(lambda: one.seen)
+    control.stop()
+    one.line.beat_now(0.1)
+    assert [member.id for member in one.line.members] == ["worker-0"]
 
 
 def test_a_restarted_control_knows_everything_again(cluster, eventually) -> None:
