@@ -7,7 +7,7 @@
             ...
 
 Knows the order of things within a step; the decisions are the scheduler's, the bytes the backend's. One thread owns it:
-`add` and `cancel` may be called from any thread, all else from that thread only.
+`add`, `cancel` and `check_fits` may be called from any thread, all else from that thread only.
 """
 
 from __future__ import annotations
@@ -110,6 +110,20 @@ class Engine:
         self._inbox.append(job_id)
         self.wake.set()
 
+    def check_fits(self, job: JobSpec) -> None:
+        """Admission: the worst case must fit the model and the cluster's whole capacity. Raises TooLong. Any thread."""
+        worst = len(job.prompt) + job.max_tokens
+        if self._max_position is not None and worst > self._max_position:
+            raise TooLong(f"prompt of {len(job.prompt)} tokens + max_tokens {job.max_tokens} = {worst} exceed the model's "
+                          f"limit of {self._max_position} tokens; shorten one of them")
+        span = self.config.span_tokens
+        needed = -(-worst // span) * span
+        if self._window is not None:
+            needed = min(needed, -(-(self._window + self.config.prefill_chunk_tokens) // span + 1) * span)
+        if needed > (capacity := self._capacity_tokens()):
+            raise TooLong(f"prompt of {len(job.prompt)} tokens + max_tokens {job.max_tokens} need KV memory for {needed} "
+                          f"tokens; the cluster holds {capacity}: add workers, lenders, device_blocks or host_bytes")
+
     @property
     def busy(self) -> bool:
         return bool(self._inbox) or self.scheduler.busy
@@ -184,24 +198,10 @@ class Engine:
                     events.append(self._failed(seq, Cancelled(f"job {item} was cancelled by its caller")))
                 continue
             try:
-                self._check_fits(item)
+                self.check_fits(item)
                 self._jobs[item.id] = self.scheduler.add(item, now)
             except KVBankError as error:
                 events.append(Failed(item.id, error, Tally(submitted_at=now)))
-
-    def _check_fits(self, job: JobSpec) -> None:
-        """Admission: the worst case must fit the model and the cluster's whole capacity."""
-        worst = len(job.prompt) + job.max_tokens
-        if self._max_position is not None and worst > self._max_position:
-            raise TooLong(f"prompt of {len(job.prompt)} tokens + max_tokens {job.max_tokens} = {worst} exceed the model's "
-                          f"limit of {self._max_position} tokens; shorten one of them")
-        span = self.config.span_tokens
-        needed = -(-worst // span) * span
-        if self._window is not None:
-            needed = min(needed, -(-(self._window + self.config.prefill_chunk_tokens) // span + 1) * span)
-        if needed > (capacity := self._capacity_tokens()):
-            raise TooLong(f"prompt of {len(job.prompt)} tokens + max_tokens {job.max_tokens} need KV memory for {needed} "
-                          f"tokens; the cluster holds {capacity}: add workers, lenders, device_blocks or host_bytes")
 
     # -- output ------------------------------------------------------------------------------------------------------
 

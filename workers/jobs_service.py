@@ -3,7 +3,7 @@
     gateway --job--> | accepted, progress*, tokens*, done|failed | --> gateway          a cancel may come at any time
 
 Forwards between streams and the engine's inbox and events; decides nothing. Servicer threads never wait for the engine
-longer than PROGRESS_S.
+longer than PROGRESS_S, nor for control longer than HEAR_S.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 
-from kvbank.errors import Cancelled, InvalidRequest, KVBankError
+from kvbank.errors import Cancelled, InvalidRequest, KVBankError, TooLong
 from kvbank.kvstore.layout import BlockKey
 from kvbank.proto import jobs_pb2 as pb
 from kvbank.workers.engine import Engine, EngineEvent, Failed, Finished, Token
@@ -25,6 +25,7 @@ from kvbank.workers.seams import BackendLost
 from kvbank.workers.sequence import JobSpec, Tally
 
 PROGRESS_S = 0.5
+HEAR_S = 1.0                                 # for control to say who is there, before a job is refused
 
 
 class JobsService:
@@ -32,10 +33,11 @@ class JobsService:
 
     def __init__(
         self, engine: Engine, worker_id: str, *, vocab_size: int, status: Callable[[], pb.WorkerStatus],
-        clock: Callable[[], float],
+        clock: Callable[[], float], hear_control: Callable[[float], None] = lambda within_s: None,
     ) -> None:
+        """hear_control: within so many seconds the engine knows the members of now, unless control is away."""
         self._engine, self._id, self._vocab = engine, worker_id, vocab_size
-        self._status, self._clock = status, clock
+        self._status, self._clock, self._hear_control = status, clock, hear_control
         self._queues: dict[str, queue.SimpleQueue[EngineEvent]] = {}
         self._lock = Lock()
         self._attempts = 0
@@ -57,6 +59,7 @@ class JobsService:
                 self._attempts += 1
                 name = f"{first.job.id}#{first.job.attempt}.{self._attempts}"
             spec = job_spec(first.job, name, self._vocab)
+            self._know_who_lends(spec)
         except StopIteration:
             return
         except KVBankError as error:
@@ -87,6 +90,13 @@ class JobsService:
                 lambda _request, _context: self._status(), request_deserializer=pb.StatusRequest.FromString,
                 response_serializer=pb.WorkerStatus.SerializeToString),
         })
+
+    def _know_who_lends(self, spec: JobSpec) -> None:
+        """The gateway may know of lenders that came after this worker was last told: it hears of them before it refuses."""
+        try:
+            self._engine.check_fits(spec)
+        except TooLong:
+            self._hear_control(HEAR_S)
 
     def _read_cancel(self, requests: Iterator[pb.SubmitRequest], name: str, reasons: list[str]) -> None:
         try:

@@ -61,6 +61,8 @@ class ControlLine(Protocol):
 
     def locate(self, keys: Sequence[bytes]) -> Sequence[control_pb.Holding]: ...
 
+    def beat_now(self, within_s: float) -> None: ...
+
 
 def build_worker(config: Mapping[str, Any], line: ControlLine | None) -> Worker:
     """The part of a model or lender member. Raises ConfigError, ModelError."""
@@ -286,7 +288,7 @@ class ModelWorker(Worker):
         self.book = leader.book
         self.engine = leader.engine
         self.jobs = JobsService(self.engine, self.id, vocab_size=self.parts.model.vocab_size, status=self.status,
-                                clock=time.monotonic)
+                                clock=time.monotonic, hear_control=self._hear_control)
 
     def root_of(self, layout: Layout) -> Callable[[str], BlockKey]:
         return root_keys(self.cache_secret, self._config.get("model_digest", ""), layout, self.worker_config)
@@ -308,6 +310,10 @@ class ModelWorker(Worker):
                 lender = Lender(member.id, Boot(member.boot), member.address, 0)
                 found.append((lender, list(keys[holding.first : holding.first + holding.count])))
         return found
+
+    def _hear_control(self, within_s: float) -> None:
+        if self._line is not None:
+            self._line.beat_now(within_s)
 
     def capacity_tokens(self) -> int:
         """KV tokens that this replica could have at once: own slots, neighbours' to lend, and the host tier."""

@@ -126,6 +126,9 @@ class Town:
             found += [pb.Holding(id=member.id, first=i, count=1) for i in held]
         return found
 
+    def beat_now(self, within_s: float) -> None:
+        """Who is there is known at any time."""
+
     def refresh(self) -> None:
         """The advice thread's work."""
         for member in [self.worker, *self.followers.values()]:

@@ -25,8 +25,8 @@ class Call:
             callback()
 
 
-def service(engine) -> JobsService:
-    return JobsService(engine, "worker-0", vocab_size=512, status=pb.WorkerStatus, clock=lambda: 0.0)
+def service(engine, **options) -> JobsService:
+    return JobsService(engine, "worker-0", vocab_size=512, status=pb.WorkerStatus, clock=lambda: 0.0, **options)
 
 
 def request(prompt) -> pb.SubmitRequest:
@@ -83,3 +83,19 @@ def test_stop_said_twice_is_still_stop(alone, prompt) -> None:
         jobs.deliver(engine.step())
     ends = [reply for reply in stream if reply.WhichOneof("kind") in ("done", "failed")]
     assert [end.WhichOneof("kind") for end in ends] == ["done"]
+
+
+def test_control_is_heard_before_a_job_is_refused_for_want_of_memory(alone, prompt) -> None:
+    """A lender has come since this worker was last told who is there; the gateway knows it."""
+    engine, capacity = alone(), [0]
+    engine._capacity_tokens = lambda: capacity[0]
+    jobs = service(engine, hear_control=lambda within_s: capacity.append(capacity.pop() + 512))
+    replies = {length: jobs.submit(iter([request(prompt(length))]), Call()) for length in (20, 900)}
+    ends = {}
+    for length, stream in replies.items():
+        assert next(stream).WhichOneof("kind") == "accepted"
+        while engine.busy:
+            jobs.deliver(engine.step())
+        ends[length] = next(reply for reply in stream if reply.WhichOneof("kind") in ("done", "failed"))
+    assert ends[20].WhichOneof("kind") == "done"
+    assert capacity == [1024] and ends[900].failed.code == "too_long", "what does not fit even so is refused"
