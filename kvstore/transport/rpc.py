@@ -38,7 +38,7 @@ _CHANNEL = [
     *_COMMON,
     ("grpc.enable_retries", 0),      # callers retry by name and deadline; two layers of retry are one too many
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),    # also how long a connection may take to be made, whatever the name says
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.use_local_subchannel_pool", 1),
 ]

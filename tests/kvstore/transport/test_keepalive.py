@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -36,13 +38,14 @@ threading.Event().wait(60)
 
 @pytest.fixture()
 def peer():
-    """(process, send, receive) of one stream to a process of its own."""
+    """(process, send, receive, port) of one stream to a process of its own."""
     root = Path(__file__).resolve().parents[3]
     process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True, cwd=root)
-    channel = rpc.channel(f"127.0.0.1:{int(process.stdout.readline())}", "ab")
+    port = int(process.stdout.readline())
+    channel = rpc.channel(f"127.0.0.1:{port}", "ab")
     outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     call = channel.stream_stream("/x.Y/Z")(iter(outbox.get, None))
-    yield process, outbox.put, lambda: next(call)
+    yield process, outbox.put, lambda: next(call), port
     outbox.put(None)
     channel.close()
     process.kill()
@@ -50,7 +53,7 @@ def peer():
 
 
 def test_the_stream_to_a_stopped_peer_breaks(peer) -> None:
-    process, send, receive = peer
+    process, send, receive, _ = peer
     send(b"hello")
     assert receive() == b"hello"
     os.kill(process.pid, signal.SIGSTOP)
@@ -63,7 +66,35 @@ def test_the_stream_to_a_stopped_peer_breaks(peer) -> None:
 
 
 def test_the_stream_to_a_peer_that_only_computes_does_not(peer) -> None:
-    _, send, receive = peer
+    _, send, receive, _ = peer
     send(b"work")
     send(b"more")
     assert receive() == b"work" and receive() == b"more"
+
+
+def test_a_peer_that_is_slow_to_say_its_first_word_is_reached(peer) -> None:
+    """A busy machine: the connection is there, and the peer's greeting follows a third of a second later."""
+    *_, port = peer
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        def serve() -> None:
+            with door.accept()[0] as caller, socket.create_connection(("127.0.0.1", port)) as callee:
+                threading.Event().wait(0.3)
+                back = threading.Thread(target=pump, args=(callee, caller))
+                back.start()
+                pump(caller, callee)
+                back.join()
+
+        slow = threading.Thread(target=serve)
+        slow.start()
+        channel = rpc.channel(f"127.0.0.1:{door.getsockname()[1]}", "ab")
+        assert next(channel.stream_stream("/x.Y/Z")(iter([b"hello"]))) == b"hello"
+        channel.close()
+        slow.join()
+
+
+def pump(source: socket.socket, target: socket.socket) -> None:
+    """Bytes from one to the other until either is closed."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(65_536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
