@@ -17,23 +17,24 @@ ROWS_PER_COPY = 16                           # rows that a piece must have on av
 class StorePlan:
     """The places of one step's rows. Pieces that lie in one slot are copied as slices, scattered rows in one op."""
 
-    def __init__(self, slot_mapping: Tensor, span_tokens: int) -> None:
-        """slot_mapping: [T] int64, slot * span_tokens + offset; -1: the row is dropped (padding). No place is named twice."""
+    def __init__(self, slot_mapping: Tensor, span_tokens: int, device: str | torch.device) -> None:
+        """slot_mapping: [T] int64, best on the CPU: slot * span_tokens + offset; -1: the row is dropped (padding). No place is
+        named twice. device: of kv, k and v."""
         places = slot_mapping.cpu().numpy()
-        self._span_tokens = span_tokens
+        self._span_tokens, self._device = span_tokens, torch.device(device)
         self._places = places
         edges = _edges(places, span_tokens)
         self._pieces = edges if len(edges) - 1 <= 1 + len(places) // ROWS_PER_COPY else None   # a chunk, or one decoding row
         self._kept: Tensor | None = None
         if (places < 0).any():
             kept = np.flatnonzero(places >= 0)
-            places, self._kept = places[kept], torch.from_numpy(kept).to(slot_mapping.device)
+            places, self._kept = places[kept], torch.from_numpy(kept).to(self._device)
         self._slots, self._offsets = places // span_tokens, places % span_tokens
         self._index: tuple[int, Tensor] | None = None    # by rows of head_dim elements from slot to slot
 
     def run(self, kv: Tensor, k: Tensor, v: Tensor) -> None:
         """As `store_kv`."""
-        if self._pieces is not None and kv.device.type == "cpu":
+        if self._pieces is not None and self._device.type == "cpu":
             self._copy_pieces(kv, k, v, self._pieces)
             return
         if self._kept is not None:
@@ -46,14 +47,14 @@ class StorePlan:
             return
         step = kv.stride(0) // dim
         flat = kv.as_strided(((num_slots - 1) * step + 2 * heads * span, dim), (dim, 1))
-        flat.index_copy_(0, self._rows(step, heads, kv.device), torch.cat((k, v), dim=1).view(-1, dim))
+        flat.index_copy_(0, self._rows(step, heads), torch.cat((k, v), dim=1).view(-1, dim))
 
-    def _rows(self, step: int, heads: int, device: torch.device) -> Tensor:
+    def _rows(self, step: int, heads: int) -> Tensor:
         """[T * 2 * heads]: the row of the flat layer that each head of each k, then each v, is written to."""
         if self._index is None or self._index[0] != step:
             first = (self._slots * step + self._offsets)[:, None]
             rows = first + np.arange(2 * heads) * self._span_tokens
-            self._index = step, torch.from_numpy(rows.reshape(-1)).to(device)
+            self._index = step, torch.from_numpy(rows.reshape(-1)).to(self._device)
         return self._index[1]
 
     def _copy_pieces(self, kv: Tensor, k: Tensor, v: Tensor, edges: list[int]) -> None:
@@ -74,7 +75,7 @@ def store_kv(kv: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
     slot_mapping:  [T] int64, slot * S + offset; -1: the row is dropped (padding). No place is named twice.
     Oracle: reference.store_kv.
     """
-    StorePlan(slot_mapping, kv.shape[3]).run(kv, k, v)
+    StorePlan(slot_mapping, kv.shape[3], kv.device).run(kv, k, v)
 
 
 def _edges(places: np.ndarray, span_tokens: int) -> list[int]:

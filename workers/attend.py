@@ -95,7 +95,7 @@ class JoinedAttention:
         shape = self.shape
         self.lost = {}
         self._num_rows = plan.num_rows
-        self._store = StorePlan(torch.from_numpy(plan.slot_mapping).to(shape.device), shape.span_tokens)
+        self._store = StorePlan(torch.from_numpy(plan.slot_mapping), shape.span_tokens, shape.device)
         self._positions = torch.from_numpy(plan.positions).to(shape.device)
         self._rows = plan.rows
         self._segments = [self._segment(rows.first_row, rows.num_rows, rows.local) for rows in plan.rows]
