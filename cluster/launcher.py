@@ -88,7 +88,7 @@ class LocalCluster:
     Keywords not given come from `config` (a mapping, or the path of a YAML or TOML file), then from the environment
     (`KVBANK__SECTION__KEY`), then from the defaults: workers=2, shards=1, lenders=0, device_blocks=512, block_size=16,
     host_bytes="256MiB", redis="embedded" (or a URL, or None), dtype="float32", launcher="ray" (or "process"). Any other
-    setting may be given by its name, too. `progress` hears one line per step of the start.
+    setting may be given by its name, too. `progress` hears one line per step of the start, one call at a time.
 
     Raises ConfigError or ModelError before anything is started; whatever `start` raises, nothing is left running.
     """
@@ -110,7 +110,8 @@ class LocalCluster:
         overrides = {name: value for name, value in given.items() if value is not UNSET}
         self.settings: Settings = load(config, overrides=overrides)
         self._model = _check_model(self.settings)
-        self._progress = progress or (lambda line: None)
+        self._on_progress = progress or (lambda line: None)
+        self._telling = threading.RLock()                        # members start side by side
         self._lock = threading.Lock()                            # one start, one stop
         self._owner, self._starting = 0, False
         self._stopping = threading.Event()
@@ -232,6 +233,10 @@ class LocalCluster:
         self._progress("starting Ray")
         return RayLauncher(marker, self._folder / "ray", logs, address=self.settings.cluster.ray_address,
                            actor=self.member_actor or MemberActor)
+
+    def _progress(self, line: str) -> None:
+        with self._telling:
+            self._on_progress(line)
 
     def _workers(self, common: Mapping[str, Any]) -> list[dict[str, Any]]:
         cluster = self.settings.cluster

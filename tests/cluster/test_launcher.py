@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,6 +156,22 @@ def test_a_cluster_runs_from_start_to_stop(model: Path, nothing_left) -> None:
         print(cluster.address)
     assert cluster.processes == {}
     cluster.stop()
+
+
+def test_progress_is_told_one_line_at_a_time(model: Path, nothing_left) -> None:
+    speaking, overlaps, said = threading.Lock(), list[str](), list[str]()
+
+    def hear(line: str) -> None:
+        if not speaking.acquire(blocking=False):
+            overlaps.append(line)
+            return
+        time.sleep(0.2)                                          # members that start side by side are ready within that
+        said.append(line)
+        speaking.release()
+
+    with ToyCluster(model, launcher="process", workers=2, lenders=3, redis=None, progress=hear) as cluster:
+        assert {f"{name} is ready" for name in cluster.processes} <= set(said)
+    assert not overlaps
 
 
 def test_a_cluster_stops_from_another_thread_and_without_a_with_statement(model: Path, nothing_left) -> None:
