@@ -35,6 +35,7 @@ from kvbank.kvstore.loan_events import (
     StartFetch,
     StartPut,
     Tick,
+    Yield,
 )
 from kvbank.kvstore.messages import (
     FOR_LENDER,
@@ -203,6 +204,8 @@ class Banker:
                     self._submit(self._pool, self._fetch, effect)
                 case ProbePeer():
                     self._submit(self._probes, self._probe, effect.boot)
+                case Yield():
+                    self._hand_over([effect])
                 case Answer() | Revoked():
                     pass                                # the bulk handler's; the audit's
                 case _:

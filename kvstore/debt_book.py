@@ -58,6 +58,7 @@ from kvbank.kvstore.messages import (
     ATTEND,
     CAP,
     FULL,
+    OLDER,
     Age,
     Borrow,
     Envelope,
@@ -115,6 +116,7 @@ class Asking:
     age: Age
     deadline: float
     keys: dict[int, BlockKey] = field(default_factory=dict)     # adopt: uid -> key
+    needy: bool = False
     asked: int = 0
     last_code: str = "nobody"
 
@@ -256,7 +258,7 @@ class DebtBook:
             if (debt := self._debts.get(uid)) is not None and debt.gone:
                 self._out.append(BackToLocal(uid, "leaving"))  # it was given up at its lender a moment ago: later again
         if uids:
-            self._ask(now, Asking(uids, list(event.lenders), event.tenant, event.age, event.deadline))
+            self._ask(now, Asking(uids, list(event.lenders), event.tenant, event.age, event.deadline, needy=event.needy))
 
     def _adopt(self, now: float, event: Adopt, _sender: Boot) -> None:
         keys = dict(zip(event.uids, event.keys, strict=True))
@@ -274,7 +276,7 @@ class DebtBook:
         while asking.candidates and asking.asked < self.timings.borrow_candidates and now < asking.deadline:
             lender = self._lender(asking.candidates.pop(0))
             if now < lender.avoid_until or (not asking.keys and now < lender.full_until):
-                asking.last_code = "avoided"
+                _note(asking, "avoided")
                 continue
             asking.asked += 1
             lender.gone = False
@@ -295,7 +297,7 @@ class DebtBook:
     def _say_borrow(self, lender: LenderView, loan: Loan) -> None:
         asking, (stamp, job) = loan.asking, loan.asking.age
         keys = tuple(asking.keys.values())
-        self._send(lender.boot, Borrow(loan.number, asking.tenant, stamp, len(asking.uids), job, keys))
+        self._send(lender.boot, Borrow(loan.number, asking.tenant, stamp, len(asking.uids), job, keys, asking.needy))
 
     def _not_granted(self, now: float, asking: Asking, uid: int, why: str) -> None:
         asking.uids.remove(uid)
@@ -310,7 +312,7 @@ class DebtBook:
     def _unask(self, now: float, lender: LenderView, loan: Loan, why: str) -> None:
         """An ASKED loan ends without slots that we know of; a Grant still under way is a phantom. Ask the next."""
         self._forget_loan(now, lender, loan)
-        loan.asking.last_code = why
+        _note(loan.asking, why)
         self._ask(now, loan.asking)
 
     # -- answers -----------------------------------------------------------------------------------------------------
@@ -385,7 +387,7 @@ class DebtBook:
         if loan.state == ASKED:
             self.counters[f"refused_{message.code}"] += 1
             until = now + message.retry_ms / 1e3
-            if message.code in (FULL, CAP):
+            if message.code in (FULL, CAP, OLDER):
                 lender.full_until = max(lender.full_until, until)
             else:
                 lender.avoid_until = max(lender.avoid_until, until)
@@ -770,3 +772,9 @@ class DebtBook:
         StepBoundary: _step_boundary,
         Tick: _tick,
     }
+
+
+def _note(asking: Asking, code: str) -> None:
+    """Why nobody granted it. That older jobs hold the memory of one lender is worth more than what others said."""
+    if asking.last_code != OLDER:
+        asking.last_code = code

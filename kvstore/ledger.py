@@ -39,6 +39,7 @@ from kvbank.kvstore.loan_events import (
     Send,
     Tainted,
     Tick,
+    Yield,
 )
 from kvbank.kvstore.messages import (
     ABSENT,
@@ -51,6 +52,7 @@ from kvbank.kvstore.messages import (
     IN_DEBT,
     NEED,
     NO,
+    OLDER,
     PROTOCOL_VERSION,
     QUOTA,
     Age,
@@ -81,7 +83,7 @@ FREE, HELD, SEALED, RECALLED, REVOKED = "FREE", "HELD", "SEALED", "RECALLED", "R
 GO, BUSY, STALE = "GO", "BUSY", "STALE"                  # verdicts of begin_put, beside SEALED
 
 MAX_PEERS = 1024                                         # remembered at once; those that owe are never forgotten
-RETRY_MS = {FULL: 300, CAP: 300, QUOTA: 1_000, IN_DEBT: 1_000, DRAINING: 10_000, COMPAT: 60_000, ABSENT: 0}
+RETRY_MS = {FULL: 300, CAP: 300, QUOTA: 1_000, IN_DEBT: 1_000, DRAINING: 10_000, COMPAT: 60_000, ABSENT: 0, OLDER: 300}
 
 
 class SlotPool(Protocol):
@@ -345,6 +347,8 @@ class LoanLedger:
                 code = "" if loan is not None else ABSENT if message.keys else FULL
                 retry_ms = RETRY_MS.get(code, 0)
             if loan is None:
+                if message.needy and code in (FULL, CAP, IN_DEBT) and now >= self._peers[sender].quarantined_until:
+                    code, retry_ms = self._make_way(now, code, message, sender)
                 self.counters[f"refused_{code}"] += 1
                 self._send(sender, Refuse(message.loan, code, retry_ms))
                 return
@@ -377,6 +381,19 @@ class LoanLedger:
             if room < 1:
                 return QUOTA, RETRY_MS[QUOTA], 0
         return "", 0, min(room, len(message.keys) or message.spans)
+
+    def _make_way(self, now: float, code: str, message: Borrow, sender: Boot) -> tuple[str, int]:
+        """A job elsewhere cannot go on, and there is nothing to lend: call back what others borrowed for younger jobs, and
+        have our own younger jobs give way (law 8). Where only older ones hold it, it has to wait for their end."""
+        age, others = (message.age, message.job), [loan for loan in self._youngest_first() if loan.borrower != sender]
+        if younger := [loan for loan in others if loan.age > age]:
+            self._recall_some(now, message.spans, younger, NEED, self.timings.recall_urgent_s)
+            return FULL, RETRY_MS[FULL]
+        if code != CAP:                                      # beside what is lent, our own jobs hold slots
+            self._out.append(Yield(age))
+        if others or code != CAP:
+            return OLDER, RETRY_MS[OLDER]
+        return code, RETRY_MS[code]
 
     def _open(self, now: float, message: Borrow, sender: Boot, room: int) -> OpenLoan | None:
         slots = self._pool.take_for_loan(min(room, self._pool.lendable()))

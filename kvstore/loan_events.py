@@ -52,6 +52,14 @@ class Avoid:
     until: float
 
 
+@dataclass(slots=True, frozen=True)
+class Yield:
+    """Effect of the ledger, for the engine of this member: a job of that age, elsewhere, cannot go on without slots that
+    only this member's own jobs hold. The younger ones of them give way."""
+
+    age: Age
+
+
 # -- LoanLedger ------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +128,7 @@ class Revoked:
 
 
 LedgerEvent = Envelope | Tick | PeerGone | InDebt | PutBytes | PutEnded | Tainted | Need | Homecoming | Drain
-LedgerEffect = Send | Answer | Revoked | Avoid
+LedgerEffect = Send | Answer | Revoked | Avoid | Yield
 
 
 # -- DebtBook: events ------------------------------------------------------------------------------------------------
@@ -136,6 +144,7 @@ class Want:
     tenant: str
     age: Age
     deadline: float = float("inf")     # on the clock of `now`; nothing is asked for later than that
+    needy: bool = False                # the job cannot go on without: lenders call back what younger jobs hold
 
 
 @dataclass(slots=True, frozen=True)

@@ -17,8 +17,8 @@ PROTOCOL_VERSION = 1
 
 ATTEND, FETCH_ONLY, NO = "ATTEND", "FETCH_ONLY", "NO"                    # Fit.kind
 NEED, HOME, DRAIN = "NEED", "HOME", "DRAIN"                              # Recall.why
-FULL, CAP, QUOTA, IN_DEBT, DRAINING, COMPAT, ABSENT = (                  # Refuse.code
-    "FULL", "CAP", "QUOTA", "IN_DEBT", "DRAINING", "COMPAT", "ABSENT")
+FULL, CAP, QUOTA, IN_DEBT, DRAINING, COMPAT, ABSENT, OLDER = (           # Refuse.code
+    "FULL", "CAP", "QUOTA", "IN_DEBT", "DRAINING", "COMPAT", "ABSENT", "OLDER")
 
 Age = tuple[float, str]                # (admission stamp, job id): the smaller is the older, and nobody is equal
 
@@ -110,6 +110,7 @@ class Borrow:
     spans: int                         # slots wanted; fewer may be granted
     job: str = ""
     keys: tuple[BlockKey, ...] = ()    # adopt: lend the idle spans whose last block has these keys, where they lie
+    needy: bool = False                # the job cannot go on without: call back what younger jobs hold
 
 
 @dataclass(slots=True, frozen=True)

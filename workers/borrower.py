@@ -30,7 +30,19 @@ from kvbank.kvstore.transport.links import HotEnded, HotLink
 from kvbank.kvstore.vault import Arena
 from kvbank.workers.remote_attention import Ref as SlotRef
 from kvbank.workers.remote_attention import StreamBroken
-from kvbank.workers.seams import Adopted, AdoptEnded, BankEvent, Lost, Move, Moved, MustReturn, Returned, Stayed, StayedAway
+from kvbank.workers.seams import (
+    Adopted,
+    AdoptEnded,
+    BankEvent,
+    GiveWay,
+    Lost,
+    Move,
+    Moved,
+    MustReturn,
+    Returned,
+    Stayed,
+    StayedAway,
+)
 
 log = logging.getLogger(__name__)
 
@@ -79,14 +91,14 @@ class Borrower:
 
     def __init__(
         self, arena: Arena, slot_bytes: int, *, timings: LoanTimings, wake: Callable[[], None],
-        lenders: Callable[[], list[Lender]],
+        lenders: Callable[[], list[Lender]], peers: Callable[[], list[Lender]] = list,
         locate: Callable[[Sequence[BlockKey]], list[tuple[Lender, list[BlockKey]]]] | None = None, staging_spans: int = 16,
     ) -> None:
-        """lenders: who could lend by the latest advice, best first, never waits. locate: who holds which of these span
-        keys; may take a fraction of a second, called on a thread of its own. wake: the engine has something to poll.
-        staging_spans: what may be on its way home at once, beside the vault."""
+        """lenders: who could lend by the latest advice, best first, never waits. peers: who could if they had room, never
+        waits. locate: who holds which of these span keys; may take a fraction of a second, called on a thread of its own.
+        wake: the engine has something to poll. staging_spans: what may be on its way home at once, beside the vault."""
         self._arena, self._slot_bytes, self._timings, self._wake = arena, slot_bytes, timings, wake
-        self._lenders, self._locate = lenders, locate
+        self._lenders, self._peers, self._locate = lenders, peers, locate
         self._staging_spans = staging_spans
         self._banker: Banker | None = None
         self._names: dict[Boot, str] = {}
@@ -125,14 +137,19 @@ class Borrower:
         free = sum(lender.lendable for lender in self._lenders() if not book.avoids(now, lender.boot))
         return max(0, free - self._asked)
 
-    def lend_out(self, moves: Sequence[Move], *, tenant: str, age: float) -> None:
+    def callable_back(self) -> bool:
+        assert self._banker is not None and self._banker.book is not None
+        book, now = self._banker.book, self._banker.now()
+        return any(not book.avoids(now, peer.boot) for peer in self._peers())
+
+    def lend_out(self, moves: Sequence[Move], *, tenant: str, age: float, needy: bool = False) -> None:
         with self._lock:
             self._moves.update((move.uid, move) for move in moves)
             self._key_of.update((move.uid, move.keys[-1]) for move in moves)
         self._asked += len(moves)
-        lenders = self._in_order()
+        lenders = self._to_press() if needy else self._in_order()
         uids = tuple(move.uid for move in moves)
-        self._tell(loans.Want(tuple(lender.boot for lender in lenders), uids, tenant, (age, "")))
+        self._tell(loans.Want(tuple(lender.boot for lender in lenders), uids, tenant, (age, ""), needy=needy))
 
     def adopt(self, job: str, keys: Sequence[BlockKey], *, tenant: str, age: float) -> bool:
         if self._locate is None or not keys:
@@ -276,6 +293,15 @@ class Borrower:
         using = {ref.lender_boot for ref in self._where.values()}
         return sorted((one for one in lenders if one.lendable), key=lambda one: one.boot not in using)
 
+    def _to_press(self) -> list[Lender]:
+        """Everybody who was not asked, or did not refuse, a moment ago."""
+        assert self._banker is not None and self._banker.book is not None
+        book, now = self._banker.book, self._banker.now()
+        peers = [peer for peer in self._peers() if not book.avoids(now, peer.boot)]
+        for peer in peers:
+            self._meet(peer)
+        return peers
+
     def _meet(self, lender: Lender) -> None:
         assert self._banker is not None
         self._names[lender.boot] = lender.id
@@ -336,6 +362,8 @@ class Borrower:
             case AdoptEnded(job=job):
                 self._asking.pop(job, None)
                 return effect
+            case loans.Yield(age=(stamp, _)):
+                return GiveWay(stamp)
             case loans.Moved(uid=uid, ref=ref):
                 self._where[uid] = ref
                 self._end_move(uid)

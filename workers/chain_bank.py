@@ -78,12 +78,15 @@ class ChainBank:
         """Every span takes one slot per shard, from lenders that all shards share."""
         return self._local.lendable() // self._chain.shards
 
-    def lend_out(self, moves: Sequence[Move], *, tenant: str, age: float) -> None:
+    def callable_back(self) -> bool:
+        return self._local.callable_back()
+
+    def lend_out(self, moves: Sequence[Move], *, tenant: str, age: float, needy: bool = False) -> None:
         self._attempts += 1
         for move in moves:
             self._lent[move.uid] = _Lent(MOVING, self._attempts)
-        self._chain.send(Lend(self._attempts, pack_moves(moves), tenant, age))
-        self._local.lend_out(moves, tenant=tenant, age=age)
+        self._chain.send(Lend(self._attempts, pack_moves(moves), tenant, age, needy))
+        self._local.lend_out(moves, tenant=tenant, age=age, needy=needy)
 
     def adopt(self, job: str, keys: Sequence[BlockKey], *, tenant: str, age: float) -> bool:
         """Nothing: a cached span of a peer has one shard's layers, and its key does not say whose."""

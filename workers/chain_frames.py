@@ -112,6 +112,7 @@ class Lend:
     moves: tuple[tuple[int, int, tuple[bytes, ...], bytes, bytes], ...]      # uid, slot, keys, tokens, parent
     tenant: str
     age: float
+    needy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from kvbank.workers.seams import BankEvent, Lost, Move, Moved, Returned, Stayed
 class ShardBank(Protocol):
     """What a follower needs of workers.seams.Bank."""
 
-    def lend_out(self, moves: list[Move], *, tenant: str, age: float) -> None: ...
+    def lend_out(self, moves: list[Move], *, tenant: str, age: float, needy: bool = False) -> None: ...
 
     def bring_home(self, uid: int, slot: SlotId) -> None: ...
 
@@ -52,7 +52,7 @@ class FollowerLoans:
             mine = self._names[uid] = new_uid()
             self._theirs[mine] = (uid, message.attempt)
             moves.append(Move(mine, SlotId(slot), tuple(BlockKey(key) for key in keys), tokens, parent))
-        self._bank.lend_out(moves, tenant=message.tenant, age=message.age)
+        self._bank.lend_out(moves, tenant=message.tenant, age=message.age, needy=message.needy)
 
     def home(self, message: Home) -> None:
         mine = self._names.get(message.uid)

@@ -46,8 +46,8 @@ class FollowerWorker(Worker):
             wait_s=config.fetch_wait_s, clock=time.monotonic, wake=lambda: self.follower.fetched()) if self.store else None
         self.vault = Vault(config.num_slots, blocks_per_span=self.layout.blocks_per_span, lend_cap=self.lend_cap())
         self.book = DebtBook(self.boot, timings=self.timings)
-        self.borrower = Borrower(self.arena, self.layout.slot_bytes, timings=self.timings, lenders=self.lenders,
-                                 wake=lambda: self.follower.wake(), staging_spans=self.worker_config.staging_spans)
+        self.borrower = Borrower(self.arena, self.layout.slot_bytes, timings=self.timings, wake=lambda: self.follower.wake(),
+                                 lenders=self.lenders, peers=self.peers, staging_spans=config.staging_spans)
         self.remote = RemoteAttention(self.parts.shape, self.layout.head_dim, self.borrower,
                                       staging_spans=self.worker_config.staging_spans)
         self.parts.shard.attention.remote = self.remote

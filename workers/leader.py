@@ -66,7 +66,7 @@ def build_leader(worker: ModelWorker) -> Leader:
                   on_evict=spill_all(backend, layout.blocks_per_span), on_scrub=backend.scrub)
     book = DebtBook(worker.boot, timings=worker.timings)
     borrower = Borrower(parts.arena, parts.layout.slot_bytes, timings=worker.timings, wake=wake, lenders=worker.lenders,
-                        locate=worker.locate, staging_spans=config.staging_spans)
+                        peers=worker.peers, locate=worker.locate, staging_spans=config.staging_spans)
     remote = RemoteAttention(parts.shape, parts.layout.head_dim, borrower, staging_spans=config.staging_spans)
     parts.shard.attention.remote = remote
     bank: Bank = borrower if chain is None else ChainBank(borrower, chain, books=lambda: _free_and_held(vault))

@@ -9,8 +9,10 @@ The ladder of make_room, one rung after the other:
     3 park them on the host tier     (read back through staging, layer by layer)
     4 preempt the youngest job       (its spans become idle; it is found again by key)
     5 drop spans of one's own that are not full, above the lowest hole (nobody takes such a span)
+    6 press lenders that have nothing left: they call back what younger jobs elsewhere hold
 
-The oldest job is never preempted, so one job always progresses. Engine thread only.
+The oldest job is never preempted, and the oldest of all workers gets what it presses for, so one job always progresses.
+Engine thread only.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from kvbank.kvstore.layout import BlockKey, SlotId
+from kvbank.kvstore.messages import OLDER
 from kvbank.kvstore.span_table import GONE, HOST, LOCAL, REMOTE, Span
 from kvbank.kvstore.vault import OutOfSlots, Vault
 from kvbank.workers.seams import (
@@ -26,6 +29,7 @@ from kvbank.workers.seams import (
     Backend,
     Bank,
     BankEvent,
+    GiveWay,
     Lost,
     Move,
     Moved,
@@ -35,6 +39,8 @@ from kvbank.workers.seams import (
     StayedAway,
 )
 from kvbank.workers.sequence import Sequence
+
+PRESS_SPANS = 8                            # asked for at once of lenders that must call them back
 
 TAINTED = "tainted"                        # reason of a loss: wrong bytes may have been used, not only lost
 
@@ -60,6 +66,8 @@ class Room:
         self.parked: dict[int, Span] = {}          # HOST, by uid
         self._returning: dict[int, SlotId] = {}    # REMOTE, a copy is on its way home into this slot
         self.adopt_ended: list[str] = []
+        self.older_elsewhere: float | None = None  # an older job on another worker wants what jobs here hold; its stamp
+        self.outranked = False                     # older jobs elsewhere hold what the oldest here pressed for
         self.spoiled: list[Sequence] = []          # answered from bytes that turned out wrong: they fail
         self.preemptions = 0
 
@@ -85,7 +93,12 @@ class Room:
             return True
         if self._moving:
             return False
-        return self._preempt_younger(seq) or self._drop_unfinished(seq, begun=True)
+        if self._preempt_younger(seq) or self._drop_unfinished(seq, begun=True):
+            return True
+        if self._bank.callable_back():
+            rest = -(-seq.num_tokens // seq.table.span_tokens) - len(seq.table.live())
+            self._lend(seq, [span for span in movable if not span.moving][: max(short, min(rest, PRESS_SPANS))], needy=True)
+        return False
 
     def lend_ahead(self, seq: Sequence, wanted: int) -> None:
         """Start lending before the slots are short, so that the copy overlaps with compute."""
@@ -108,7 +121,7 @@ class Room:
                     found.setdefault(span.uid, span)
         return list(found.values())
 
-    def _lend(self, seq: Sequence, spans: list[Span]) -> None:
+    def _lend(self, seq: Sequence, spans: list[Span], *, needy: bool = False) -> None:
         if not spans:
             return
         moves = []
@@ -117,7 +130,7 @@ class Room:
             self._moving[span.uid] = span
             assert span.slot is not None
             moves.append(Move(span.uid, span.slot, tuple(span.keys), span.tokens, span.parent))
-        self._bank.lend_out(moves, tenant=seq.job.tenant, age=seq.job.age)
+        self._bank.lend_out(moves, tenant=seq.job.tenant, age=seq.job.age, needy=needy)
 
     def _give_back(self, seq: Sequence) -> None:
         """A queued job holds nothing that a running one needs: what it adopted goes back to the lenders, who cache it. So
@@ -178,6 +191,7 @@ class Room:
                 case Moved():
                     self._moved(event)
                 case Stayed():
+                    self.outranked |= event.reason == OLDER
                     self._stayed(event.uid)
                 case Lost():
                     self.lose(event.uid, event.reason)
@@ -192,6 +206,8 @@ class Room:
                     self._adopted(event)
                 case AdoptEnded():
                     self.adopt_ended.append(event.job)
+                case GiveWay():
+                    self.older_elsewhere = event.age if self.older_elsewhere is None else min(event.age, self.older_elsewhere)
 
     def lose(self, uid: int, reason: str) -> None:
         """A span's bytes are gone: every sequence that reads it gets a hole, and no new match finds it."""

@@ -26,6 +26,7 @@ from kvbank.workers.seams import Backend, Bank, Fetcher
 from kvbank.workers.sequence import DONE, RUNNING, WAITING, JobSpec, Sequence
 
 LOOK_AHEAD = 4                               # queued jobs whose bytes are fetched before their turn
+GIVE_WAY_S = 1.0                             # younger jobs keep out of the way so long after an older one elsewhere asked
 
 
 @dataclass(slots=True)
@@ -51,6 +52,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._step = 0
+        self._give_way = (float("inf"), float("-inf"))         # to jobs elsewhere older than this stamp, until then
         self._begun: set[str] = set()
         self.planned: list[Sequence] = []         # in the order of the plan's rows
         self.reuse = Reuse(vault, backend, bank, fetcher, root_of=root_of, block_size=config.block_size,
@@ -88,6 +90,10 @@ class Scheduler:
     def expire(self, now: float) -> list[tuple[Sequence, KVBankError]]:
         """Jobs that are past their deadline, and the oldest of those without one that made no progress for too long."""
         gone: list[tuple[Sequence, KVBankError]] = []
+        if self.room.outranked:                         # it waits for a job that gets on
+            self.room.outranked = False
+            for seq in self.running:
+                seq.progress_at = now
         for seq in [*self.running, *self.waiting]:
             if seq.deadline is not None and now >= seq.deadline:
                 late = f"the deadline of {seq.job.deadline_s:.3g} s passed after {seq.num_output} tokens"
@@ -118,6 +124,7 @@ class Scheduler:
 
     def next_plan(self, now: float) -> StepPlan | None:
         """The next step's work; None when nobody can compute now (`waits_for` says why)."""
+        self._yield_to_older(now)
         self._admit(now)
         for job in self.room.adopt_ended:
             self.reuse.adopt_ended(job)
@@ -166,6 +173,9 @@ class Scheduler:
             self._begin(seq, now)                   # fetched before it is scheduled
         while self.waiting and len(self.running) < self.config.max_batch:
             seq = self.waiting[0]
+            if now < self._give_way[1] and seq.job.age > self._give_way[0]:
+                seq.waits_for = "slots"
+                return
             if self.running and self.running[0].age < seq.age and not self._has_room_for(seq):
                 seq.waits_for = "slots"
                 return
@@ -175,6 +185,15 @@ class Scheduler:
             seq.state, seq.waits_for, seq.progress_at = RUNNING, "", now
             self.running.append(seq)
             self.running.sort(key=lambda s: s.age)
+
+    def _yield_to_older(self, now: float) -> None:
+        """An older job on another worker cannot go on without what younger ones hold here: back to the queue with them."""
+        if (stamp := self.room.older_elsewhere) is None:
+            return
+        self.room.older_elsewhere = None
+        self._give_way = (min(stamp, self._give_way[0]) if now < self._give_way[1] else stamp, now + GIVE_WAY_S)
+        for seq in [seq for seq in self.running if seq.job.age > stamp]:
+            self._preempt(seq)
 
     def _has_room_for(self, seq: Sequence) -> bool:
         """Overcommit, but do not admit what would at once preempt or be preempted."""

@@ -79,7 +79,8 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Stayed:
-    """The span could not be lent; the local copy is and was the one that is read."""
+    """The span could not be lent; the local copy is and was the one that is read. reason: OLDER when older jobs hold what
+    a needy one asked for."""
 
     uid: int
     reason: str
@@ -134,7 +135,14 @@ class AdoptEnded:
     job: str
 
 
-BankEvent = Moved | Stayed | Lost | MustReturn | Returned | StayedAway | Adopted | AdoptEnded
+@dataclass(frozen=True, slots=True)
+class GiveWay:
+    """An older job on another worker, with this admission stamp, needs slots that jobs here hold: younger ones yield."""
+
+    age: float
+
+
+BankEvent = Moved | Stayed | Lost | MustReturn | Returned | StayedAway | Adopted | AdoptEnded | GiveWay
 
 
 class Bank(Protocol):
@@ -143,8 +151,12 @@ class Bank(Protocol):
     def lendable(self) -> int:
         """Slots that neighbours would probably lend now, by the latest advice."""
 
-    def lend_out(self, moves: Sequence[Move], *, tenant: str, age: float) -> None:
-        """Start lending; each uid ends in exactly one Moved or Stayed event."""
+    def callable_back(self) -> bool:
+        """Somebody could be asked now to call back what younger jobs elsewhere hold."""
+
+    def lend_out(self, moves: Sequence[Move], *, tenant: str, age: float, needy: bool = False) -> None:
+        """Start lending; each uid ends in exactly one Moved or Stayed event. needy: the job cannot go on otherwise, so those
+        are asked who have nothing to lend, and call back what younger jobs hold."""
 
     def adopt(self, job: str, keys: Sequence[BlockKey], *, tenant: str, age: float) -> bool:
         """Ask peers for spans cached under these span keys; False: nobody to ask, no event follows."""
@@ -174,7 +186,10 @@ class NoBank:
     def lendable(self) -> int:
         return 0
 
-    def lend_out(self, moves: Sequence[Move], *, tenant: str, age: float) -> None:
+    def callable_back(self) -> bool:
+        return False
+
+    def lend_out(self, moves: Sequence[Move], *, tenant: str, age: float, needy: bool = False) -> None:
         assert not moves, "nobody lends here"
 
     def adopt(self, job: str, keys: Sequence[BlockKey], *, tenant: str, age: float) -> bool:

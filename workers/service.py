@@ -235,6 +235,17 @@ class Worker:
         """By the latest advice; never waits."""
         return self._lenders
 
+    def peers(self) -> list[Lender]:
+        """Who could lend if they had room, cache-only members first; never waits."""
+        members = sorted(self._could_lend(), key=lambda member: member.kind == "model")
+        return [Lender(member.id, Boot(member.boot), member.address, 0) for member in members]
+
+    def _could_lend(self) -> list[control_pb.Member]:
+        """Members whose slots hold our spans. Sharded replicas neither lend nor are lent to by other workers."""
+        shards, members = self.worker_config.shards, self._line.members if self._line is not None else ()
+        return [member for member in members if member.id != self.id and member.slot_bytes >= self.layout.slot_bytes
+                and not (shards > 1 and member.kind == "model")]
+
     def _run_advice(self) -> None:
         assert self._line is not None
         while not self._stopping.wait(ADVICE_S):
@@ -320,9 +331,7 @@ class ModelWorker(Worker):
         own, shards = self.vault.num_slots, self.worker_config.shards
         share = self._settings["lend_cap"]
         lent = 0
-        for member in self._line.members if self._line is not None else ():
-            if member.id == self.id or member.slot_bytes < self.layout.slot_bytes or (shards > 1 and member.kind == "model"):
-                continue
+        for member in self._could_lend():
             default = 1.0 if member.kind == "lender" else 0.5
             lent += int(member.slots_total * (default if share is None else share))
         lent //= shards                                         # a span takes a slot for each shard

@@ -4,7 +4,7 @@ A line that begins with `> ` is a command; the lines below it are everything tha
 itself: what is sent lies in flight until `deliver`, `drop` or `double`. After every command both cores are checked.
 
     > members L=2 B            L has 2 slots to lend, B none; they have said Hello
-    > B wants 1 2 from L       also: `for 7`, the age of the job (default 5)
+    > B wants 1 2 from L       also: `for 7`, the age of the job (default 5); `needily`: it cannot go on without
     > B adopts a b from L as 8 9
     > deliver                  everything in flight, and what follows, oldest first; `deliver B>L`: the oldest on that way;
     > deliver B>L Renew        .. of that kind
@@ -133,9 +133,9 @@ class Story:
                 hello = m.Hello(m.PROTOCOL_VERSION, one.name, one.boot, b"", COMPAT)
                 other.ledger.on(self.now, m.Envelope(one.boot, other.boot, hello))
 
-    def wants(self, name: str, uids: str, lenders: str, age: str | None) -> None:
+    def wants(self, name: str, uids: str, lenders: str, age: str | None, needily: str | None) -> None:
         boots = tuple(self.members[each].boot for each in lenders.split())
-        self.book(name, ev.Want(boots, numbers(uids), "t", (float(age or 5), name)))
+        self.book(name, ev.Want(boots, numbers(uids), "t", (float(age or 5), name), needy=bool(needily)))
 
     def adopts(self, name: str, keys: str, lender: str, uids: str) -> None:
         named = tuple(BlockKey(f"key {key}".encode()) for key in keys.split())
@@ -325,7 +325,8 @@ class Story:
         if isinstance(thing, int | float | str):
             return str(round(thing, 2)) if isinstance(thing, float) else str(thing)
         fields = {name: getattr(thing, name) for name in type(thing).__dataclass_fields__ if name not in SILENT}
-        shown = [f"{name}={self.words(value)}" for name, value in fields.items() if value not in (None, "", b"", ())]
+        shown = [f"{name}={self.words(value)}" for name, value in fields.items()
+                 if value not in (None, "", b"", ()) and (name, value) != ("needy", False)]
         return " ".join([type(thing).__name__, *shown])
 
 
@@ -333,7 +334,7 @@ SILENT = {"tenant", "job", "term_ms", "digest", "sealed_digests"}
 NAME, UIDS, WAY = r"(\w+)", r"(\d+(?: \d+)*)", r"(\w+>\w+)"
 COMMANDS: list[tuple[str, Callable[..., Any]]] = [
     (r"members (.+)", Story.meet),
-    (rf"{NAME} wants {UIDS} from (\w+(?: \w+)*?)(?: for (\d+))?", Story.wants),
+    (rf"{NAME} wants {UIDS} from (\w+(?: \w+)*?)(?: for (\d+))?( needily)?", Story.wants),
     (rf"{NAME} adopts (\w+(?: \w+)*) from {NAME} as {UIDS}", Story.adopts),
     (rf"deliver(?: {WAY}(?: (\w+))?)?", Story.deliver),
     (rf"drop {WAY}(?: (\w+))?", Story.drop),

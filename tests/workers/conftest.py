@@ -78,18 +78,18 @@ def run(engine: Engine, *jobs: JobSpec, each_step: Callable[[], None] | None = N
 
 
 class Town:
-    """One replica, some lenders, and a control plane that is this object. The test thread is the leader's engine thread."""
+    """Replicas (one, unless said otherwise), some lenders, and a control plane that is this object. The test thread is the
+    engine thread of every leader."""
 
-    def __init__(self, model: Path, lenders: int, **settings: Any) -> None:
+    def __init__(self, model: Path, lenders: int, *, replicas: int = 1, **settings: Any) -> None:
         values = {"model": str(model), "device_blocks": 48, "redis": None, "host_bytes": 0, "torch_threads": 1,
                   "term_s": 30.0, **settings}
         self.settings = load(overrides=values, environ={}).flat()
         self.lenders = [self._start("lender", f"lender-{i}") for i in range(lenders)]
         shards = range(1, self.settings["shards"])
         self.followers = {shard: self._start("model", f"worker-0.{shard}", shard) for shard in shards}
-        worker = self._start("model", "worker-0")
-        assert isinstance(worker, ModelWorker)
-        self.worker = worker
+        self.workers: list[ModelWorker] = [self._start("model", f"worker-{number}") for number in range(replicas)]
+        self.worker = self.workers[0]
         self.refresh()
 
     def config(self, kind: str, name: str, shard: int = 0) -> dict[str, Any]:
@@ -112,12 +112,16 @@ class Town:
 
     @property
     def members(self) -> list[pb.Member]:
+        everybody = [*self.lenders, *self.followers.values(), *self.workers[1:]]
         return [pb.Member(id=m.id, boot=m.boot, kind=m.kind, address=m.address, slot_bytes=m.arena.slot_bytes,
-                          slots_total=m.vault.num_slots) for m in [*self.lenders, *self.followers.values()]]
+                          slots_total=m.vault.num_slots) for m in everybody]
 
-    def lenders_now(self) -> list[Any]:
+    def lenders_now(self, asker: Any = None) -> list[Any]:
         from kvbank.workers.borrower import Lender
-        return [Lender(m.id, m.boot, m.address, m.ledger.lendable()) for m in self.lenders]
+        others = [w for w in self.workers if w is not asker and not w.borrower.num_borrowed and w.ledger.lendable()]
+        if len(self.workers) == 1:
+            others = []
+        return [Lender(m.id, m.boot, m.address, m.ledger.lendable()) for m in [*self.lenders, *others]]
 
     def locate(self, keys: Sequence[bytes]) -> list[pb.Holding]:
         found = []
@@ -131,8 +135,8 @@ class Town:
 
     def refresh(self) -> None:
         """The advice thread's work."""
-        for member in [self.worker, *self.followers.values()]:
-            member._lenders = self.lenders_now()
+        for member in [*self.workers, *self.followers.values()]:
+            member._lenders = self.lenders_now(member)
 
     def run(self, *jobs: JobSpec, each_step: Callable[[], None] | None = None) -> Ran:
         def step() -> None:
@@ -144,8 +148,9 @@ class Town:
     def settle(self, within_s: float = 5.0) -> None:
         """Wait until nothing is lent any more."""
         give_up = time.monotonic() + within_s
-        while any(m.vault.counts().lent for m in self.lenders):
-            self.worker.engine.step()
+        while any(m.vault.counts().lent for m in [*self.lenders, *self.workers]):
+            for worker in self.workers:
+                worker.engine.step()
             assert time.monotonic() < give_up, [m.vault.counts() for m in self.lenders]
             time.sleep(0.01)                              # sessions answer on threads of their own
 
@@ -156,8 +161,7 @@ class Town:
         member.banker.stop()
 
     def stop(self) -> None:
-        self.worker.stop()
-        for member in [*self.followers.values(), *self.lenders]:
+        for member in [*self.workers, *self.followers.values(), *self.lenders]:
             member.stop()
 
 

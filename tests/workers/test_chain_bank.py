@@ -25,8 +25,8 @@ class Local:
     def lendable(self) -> int:
         return 7
 
-    def lend_out(self, moves, *, tenant, age) -> None:
-        self.asked += [("lend", move.uid) for move in moves]
+    def lend_out(self, moves, *, tenant, age, needy=False) -> None:
+        self.asked += [("press" if needy else "lend", move.uid) for move in moves]
 
     def bring_home(self, uid, slot) -> None:
         self.asked.append(("home", uid))
@@ -116,6 +116,13 @@ def test_every_shard_is_asked_to_lend() -> None:
     assert story.local.asked == [("lend", 1)]
     assert [(shard, type(message)) for shard, message in story.others.sent] == [(1, Lend), (2, Lend)]
     assert story.bank.lendable() == 7 // 3
+
+
+def test_every_shard_presses_its_lenders_for_a_needy_job() -> None:
+    story = Story()
+    story.bank.lend_out([MOVE], tenant="t", age=1.0, needy=True)
+    assert story.local.asked == [("press", 1)]
+    assert [message.needy for _, message in story.others.sent] == [True, True]
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))

@@ -101,7 +101,7 @@ class Generous(NoBank):
     def lendable(self) -> int:
         return 100
 
-    def lend_out(self, moves, *, tenant, age) -> None:
+    def lend_out(self, moves, *, tenant, age, needy=False) -> None:
         self.news += [Moved(move.uid, "lender-0") for move in moves]
 
     def settle(self, uids, *, keep) -> None: ...
