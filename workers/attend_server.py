@@ -113,7 +113,8 @@ class AttendServer:
         refs = [ref[1:] for item in plan.items for ref in item.refs]
         good = self._pin(stream, refs)
         try:
-            slots = torch.tensor([ref[1] for ref, ok in zip(refs, good, strict=True) if ok], device=self._arena.device)
+            readable = [ref[1] for ref, ok in zip(refs, good, strict=True) if ok]
+            slots = torch.tensor(readable, dtype=torch.int64, device=self._arena.device)    # perhaps none
             data = stream.slots[:, message.layer].index_select(0, slots).cpu().view(torch.uint8).numpy().tobytes()
         finally:
             self._pins.unpin(stream.borrower, [ref for ref, ok in zip(refs, good, strict=True) if ok])
