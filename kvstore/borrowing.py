@@ -302,7 +302,7 @@ class Banker:
             told = self._fetch_bytes(effect.ref, target)
             event: Any = FetchFailed(effect.uid, "stale" if told == b"" else "cut")
             if told:
-                event = CopyVerified(effect.uid, bulk.digest(target))
+                event = CopyVerified(effect.uid, bulk.digest(target), effect.attempt)
         finally:
             self._moving.discard(effect.ref)
         self._hand_over(self.tell_book(event))

@@ -93,6 +93,7 @@ class Debt:
     digest: bytes = b""                       # noted at Sealed
     key: BlockKey | None = None               # adopted, and the engine does not know yet
     to: str = ""                              # RETURNING by a fetch: LOCAL | SPILLED
+    attempt: int = 0                          # of that fetch: counted for each BringHome, never used again
     retry_at: float = math.inf                # say StartPut or StartFetch again
     give_up_at: float = math.inf
     drop_at: float = math.inf                 # recalled: lost then, if it found no place
@@ -163,6 +164,7 @@ class DebtBook:
         self._by_ref: dict[Ref, Debt] = {}
         self._asked: dict[int, Asking] = {}             # uid -> the want it is part of, while nobody granted it
         self._flips: dict[int, None] = {}               # uids with something for the next step boundary
+        self._attempts = 0                              # fetches begun
         self._told: InDebt = InDebt(False)
         self._settling: dict[tuple[Boot, bool], list[Ref]] = {}
         self._out: list[BookEffect] = []
@@ -445,14 +447,15 @@ class DebtBook:
             if debt.filling is not None:                       # it was moving on to another lender: home is better
                 self._let_go(now, debt.filling)
                 debt.filling = None
-            debt.state, debt.to = RETURNING, event.to
+            self._attempts += 1
+            debt.state, debt.to, debt.attempt = RETURNING, event.to, self._attempts
             debt.retry_at, debt.give_up_at = now + self.timings.put_retry_s, now + self.timings.put_give_up_s
-            self._out.append(StartFetch(uid, debt.ref, debt.to, debt.digest))
+            self._out.append(StartFetch(uid, debt.ref, debt.to, debt.digest, debt.attempt))
 
     def _copy_verified(self, now: float, event: CopyVerified, _sender: Boot) -> None:
         debt = self._debts.get(event.uid)
-        if debt is None or debt.ref is None or not debt.to or debt.fetched:
-            return
+        if debt is None or debt.ref is None or not debt.to or debt.fetched or event.attempt != debt.attempt:
+            return                                             # late: it was given up, and the engine looks elsewhere now
         if event.digest == debt.digest:
             debt.fetched = True
             debt.retry_at = debt.give_up_at = debt.drop_at = math.inf
@@ -464,7 +467,7 @@ class DebtBook:
             self._promise_over(now, debt.ref, "tainted")
         elif not debt.ended:
             debt.retry_at = now + self.timings.put_retry_s
-            self._out.append(StartFetch(debt.uid, debt.ref, debt.to, debt.digest))
+            self._out.append(StartFetch(debt.uid, debt.ref, debt.to, debt.digest, debt.attempt))
 
     def _fetch_failed(self, now: float, event: FetchFailed, _sender: Boot) -> None:
         debt = self._debts.get(event.uid)
@@ -664,7 +667,7 @@ class DebtBook:
             if debt.filling is not None:
                 self._out.append(StartPut(debt.uid, debt.filling, debt.ref, debt.digest))
             elif debt.ref is not None:
-                self._out.append(StartFetch(debt.uid, debt.ref, debt.to, debt.digest))
+                self._out.append(StartFetch(debt.uid, debt.ref, debt.to, debt.digest, debt.attempt))
 
     def _renew(self, now: float, lender: LenderView) -> None:
         """One for all loans of the pair; goes on a little after the last one, so that a lost Settle is noticed."""

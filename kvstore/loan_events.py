@@ -186,10 +186,12 @@ class BringHome:
 
 @dataclass(slots=True, frozen=True)
 class CopyVerified:
-    """A fetched copy of the span is whole. digest: over the bytes where they lie now, compared with that of Sealed."""
+    """A fetched copy of the span is whole. digest: over the bytes where they lie now, compared with that of Sealed. attempt:
+    of the StartFetch that they came by."""
 
     uid: int
     digest: bytes
+    attempt: int
 
 
 @dataclass(slots=True, frozen=True)
@@ -251,12 +253,14 @@ class StartPut:
 
 @dataclass(slots=True, frozen=True)
 class StartFetch:
-    """Fetch the span from `ref` to `to` (LOCAL | SPILLED), then CopyVerified or FetchFailed. Repeated like StartPut."""
+    """Fetch the span from `ref` to `to` (LOCAL | SPILLED), then CopyVerified or FetchFailed. Repeated like StartPut.
+    attempt: one for each BringHome; a copy made for an earlier one lies where nobody looks any more."""
 
     uid: int
     ref: Ref
     to: str
     digest: bytes
+    attempt: int
 
 
 @dataclass(slots=True, frozen=True)

@@ -342,10 +342,10 @@ def test_a_later_recall_may_shorten_the_time_and_never_lengthens_it() -> None:
 def test_coming_home_flips_only_after_the_copy_is_verified_and_at_a_boundary() -> None:
     desk = Desk()
     (ref,) = desk.remote(0.0, 1)
-    assert desk.tell(0.1, ev.BringHome((1,), "LOCAL")) == [ev.StartFetch(1, ref, "LOCAL", b"digest")]
+    assert desk.tell(0.1, ev.BringHome((1,), "LOCAL")) == [ev.StartFetch(1, ref, "LOCAL", b"digest", 1)]
     assert desk.tell(0.1, ev.BringHome((1,), "LOCAL")) == []
     assert desk.boundary(0.2) == [] and desk.book.state(1) == "RETURNING"
-    desk.tell(0.3, ev.CopyVerified(1, b"digest"))
+    desk.tell(0.3, ev.CopyVerified(1, b"digest", 1))
     assert desk.book.refs() == {1: ref}
     assert desk.boundary(0.4) == [ev.InDebt(False), ev.CameHome(1, "LOCAL"), m.Settle((ref,), False)]
 
@@ -355,7 +355,7 @@ def test_a_verified_copy_saves_a_span_whose_lender_went() -> None:
     (ref,) = desk.remote(0.0, 1)
     desk.tell(0.1, ev.BringHome((1,), "SPILLED"))
     desk.say(0.2, m.Stale((ref,)))
-    desk.tell(0.3, ev.CopyVerified(1, b"digest"))                       # its last bytes were on the way
+    desk.tell(0.3, ev.CopyVerified(1, b"digest", 1))                       # its last bytes were on the way
     assert ev.CameHome(1, "SPILLED") in desk.boundary(0.4)
 
 
@@ -366,19 +366,32 @@ def test_a_fetch_is_started_again_and_given_up_and_a_recall_then_asks_for_anothe
     desk.tell(0.0, ev.BringHome((1,), "LOCAL"))
     fetches = 0
     while (now := desk.book.wake_at()) < 3.0:
-        fetches += ev.StartFetch(1, ref, "LOCAL", b"digest") in desk.tell(now, ev.Tick())
+        fetches += ev.StartFetch(1, ref, "LOCAL", b"digest", 1) in desk.tell(now, ev.Tick())
     assert fetches == 5
     assert [each for each in desk.tell(3.0, ev.Tick()) if not isinstance(each, m.Renew)] == [
         ev.StayedRemote(1, "give_up"), ev.MustReturn(1, 5.0, "HOME")]
     assert desk.book.refs() == {1: ref}
 
 
+def test_a_copy_of_a_fetch_that_was_given_up_is_not_the_next_ones() -> None:
+    """It lies in a buffer that nobody looks at any more."""
+    desk = Desk()
+    (ref,) = desk.remote(0.0, 1)
+    desk.tell(0.0, ev.BringHome((1,), "LOCAL"))
+    assert ev.StayedRemote(1, "give_up") in desk.tell(3.0, ev.Tick())
+    assert desk.tell(3.1, ev.BringHome((1,), "LOCAL")) == [ev.StartFetch(1, ref, "LOCAL", b"digest", 2)]
+    desk.tell(3.2, ev.CopyVerified(1, b"digest", 1))
+    assert desk.boundary(3.3) == []
+    desk.tell(3.4, ev.CopyVerified(1, b"digest", 2))
+    assert ev.CameHome(1, "LOCAL") in desk.boundary(3.5)
+
+
 def test_a_wrong_copy_is_fetched_again_and_twice_wrong_is_tainted() -> None:
     desk = Desk()
     (ref,) = desk.remote(0.0, 1)
     desk.tell(0.1, ev.BringHome((1,), "LOCAL"))
-    assert desk.tell(0.2, ev.CopyVerified(1, b"wrong")) == [ev.StartFetch(1, ref, "LOCAL", b"digest")]
-    desk.tell(0.3, ev.CopyVerified(1, b"wrong"))
+    assert desk.tell(0.2, ev.CopyVerified(1, b"wrong", 1)) == [ev.StartFetch(1, ref, "LOCAL", b"digest", 1)]
+    desk.tell(0.3, ev.CopyVerified(1, b"wrong", 1))
     assert ev.Lost(1, ref, "tainted") in desk.boundary(0.4)
 
 

@@ -132,7 +132,8 @@ class Member:
         self.ledger = self.world.make_ledger(self.boot, self.pool)
         self.book = self.world.make_book(self.boot)
         self.spans: dict[int, Away] = {}
-        self.staged: dict[int, str] = {}
+        self.staged: dict[tuple[int, int], str] = {}        # by uid and attempt: each has a buffer of its own
+        self.attempts: dict[int, int] = {}                  # uid -> whose buffer the engine will look at
         self.adopting: dict[int, tuple[BlockKey, str]] = {}
         self.step = Step({}, 0)
         self.tick_at: dict[str, float] = {"ledger": math.inf, "book": math.inf}
@@ -267,7 +268,8 @@ class Member:
                 elif span is not None and span.local:
                     self.put(ref, span.key, span.content)
             case ev.StartFetch(ref=ref):
-                self.world.ask(ref, self, self.fetched, effect.uid)
+                self.attempts[effect.uid] = effect.attempt
+                self.world.ask(ref, self, self.fetched, effect.uid, effect.attempt)
             case ev.Moved(ref=ref):
                 assert span is not None
                 span.local, span.ref = False, ref
@@ -278,7 +280,7 @@ class Member:
                 self.adopting.pop(effect.uid, None)
             case ev.CameHome():
                 assert span is not None
-                self.world.compare(self.staged[effect.uid], span.content, "came home")
+                self.world.compare(self.staged[effect.uid, self.attempts[effect.uid]], span.content, "came home")
                 span.local, span.ref = True, None
             case ev.Lost():
                 assert span is not None and not span.local
@@ -315,12 +317,12 @@ class Member:
     def put_stale(self, ref: m.Ref) -> None:
         self.tell_book(ev.PutFailed(ref, "stale"))
 
-    def fetched(self, uid: int, content: str | None) -> None:
+    def fetched(self, uid: int, attempt: int, content: str | None) -> None:
         if content is None:
             self.tell_book(ev.FetchFailed(uid, "stale"))
         elif uid in self.spans:
-            self.staged[uid] = content
-            self.tell_book(ev.CopyVerified(uid, digest_of(content)))
+            self.staged[uid, attempt] = content
+            self.tell_book(ev.CopyVerified(uid, digest_of(content), attempt))
 
     def begin_step(self) -> None:
         self.tell_book(ev.StepBoundary())

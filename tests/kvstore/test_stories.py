@@ -93,6 +93,7 @@ class Story:
         self.flight: list[tuple[str, str, Any]] = []
         self.out: list[str] = []
         self.asked_puts: dict[tuple[str, int], m.Ref] = {}     # (member, uid) -> what its book last told it to fill
+        self.attempts: dict[tuple[str, int], int] = {}         # (member, uid) -> of the fetch that its book last asked for
         self.last_read: dict[tuple[str, int], m.Ref] = {}
 
     # -- commands -----------------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ class Story:
             self.end_read(name, uid)
 
     def copied(self, how: str, name: str, uid: str) -> None:
-        self.book(name, ev.CopyVerified(int(uid), b"wrong" if how else span_of(uid).digest))
+        self.book(name, ev.CopyVerified(int(uid), b"wrong" if how else span_of(uid).digest, self.attempts[name, int(uid)]))
 
     def wait(self, seconds: str, *, delivering: bool = False) -> None:
         end = self.now + float(seconds)
@@ -286,6 +287,8 @@ class Story:
             elif not isinstance(effect, ev.FlipsWaiting):
                 if isinstance(effect, ev.StartPut):
                     self.asked_puts[member.name, effect.uid] = effect.ref
+                if isinstance(effect, ev.StartFetch):
+                    self.attempts[member.name, effect.uid] = effect.attempt
                 said = effect.message if isinstance(effect, ev.Answer) else effect
                 self.out.append(f"{member.name}: {self.words(said)}")
         return effects

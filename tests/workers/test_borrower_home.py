@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from kvbank.kvstore import loan_events as loans
@@ -10,6 +11,7 @@ from kvbank.kvstore.timings import LoanTimings
 from kvbank.kvstore.vault import Arena
 from kvbank.workers.borrower import Borrower
 from kvbank.workers.seams import Returned, StayedAway
+from kvbank.workers.sequence import JobSpec
 
 
 class Book:
@@ -43,3 +45,43 @@ def test_no_more_spans_come_home_at_once_than_staging_holds() -> None:
     book.flips = [loans.StayedRemote(2, "give_up")]
     assert borrower.poll() == [StayedAway(2)]
     assert book.fetched == [1, 2, 3, 5]
+
+
+def test_a_copy_that_comes_after_it_was_given_up_is_not_taken_for_the_next_one(town, alone, run_jobs, prompt) -> None:
+    """The first fetch hangs with all its bytes there, is given up, and is done when the second has a buffer of its own."""
+    job = JobSpec(id="a", prompt=prompt(1500), max_tokens=120, ignore_eos=True)
+    want = run_jobs(alone(), job)
+    bank = town(lenders=3, lender_blocks=96, recall_calm_s=30.0, recall_urgent_s=30.0, put_retry_s=0.1,
+                put_give_up_s=0.5)
+    banker, borrower, engine = bank.worker.banker, bank.worker.borrower, bank.worker.engine
+    fetch, bring_home = banker._fetch_bytes, borrower.bring_home
+    struck, fetched, asked, late = [], [], [], threading.Event()
+
+    def slow(ref: Any, target: memoryview) -> bytes | None:
+        digest = fetch(ref, target)
+        fetched.append(ref)
+        if len(fetched) == 1:
+            late.wait(30.0)
+        return digest
+
+    def bring(uid: int, slot: SlotId) -> None:
+        bring_home(uid, slot)
+        asked.append(uid)
+        if len(asked) == 2:
+            late.set()
+    banker._fetch_bytes, borrower.bring_home = slow, bring   # type: ignore[method-assign]
+
+    def strike() -> None:
+        seqs = engine.jobs()
+        if seqs and seqs[0].num_output == 4:
+            engine.room.lend_ahead(seqs[0], 2)           # so that there is room at home
+        if not struck and seqs and seqs[0].num_output >= 8 and engine.vault.num_free:
+            lender = next(m for m in bank.lenders if m.vault.counts().lent)
+            struck.append(lender)
+            lender.banker.tell_ledger(loans.Need(1, (-1.0, "")))
+        if struck and borrower.num_borrowed and len(fetched) < 2:
+            engine.wake.wait(0.02)                       # the answer must not be there before the span is
+    got = bank.run(job, each_step=strike)
+    assert len(asked) == 2 and asked[0] == asked[1]
+    assert not got.errors and got.tokens == want.tokens
+    assert len(fetched) == 2 and bank.worker.book.counters["spans_home"] == 1
