@@ -29,6 +29,7 @@ class _Wants:
     on_demand: dict[BlockKey, float] = field(default_factory=dict)               # key -> give up at
     staged: dict[BlockKey, StoredFrame] = field(default_factory=dict)
     missed: dict[BlockKey, str] = field(default_factory=dict)
+    fetching: set[BlockKey] = field(default_factory=set)         # asked of the store now, and not dropped since
 
 
 class TierFetcher:
@@ -95,6 +96,7 @@ class TierFetcher:
         with self._changed:
             if (wants := self._jobs.get(job)) is not None:
                 wants.pending.pop(key, None)
+                wants.fetching.discard(key)          # asked for again, it is fetched again: these bytes may be wrong
                 if (frame := wants.staged.pop(key, None)) is not None:
                     self._staged_bytes -= frame.payload.nbytes
                 self._changed.notify()
@@ -122,14 +124,15 @@ class TierFetcher:
                     self._changed.wait(1.0)
                 if self._closed:
                     return
-            assert found is not None
-            wants, batch = found
+                assert found is not None
+                wants, batch = found
+                wants.fetching = set(batch)
             fetched = self._store.fetch(list(batch), {key: tokens for key, tokens in batch.items() if tokens})
             with self._changed:
                 wants.progress_at = self._clock()
                 for key in batch:
-                    if wants.pending.pop(key, None) is None:
-                        continue                     # given up or forgotten meanwhile
+                    if key not in wants.fetching or wants.pending.pop(key, None) is None:
+                        continue                     # dropped, given up or forgotten meanwhile
                     if (frame := fetched.frames.get(key)) is not None:
                         wants.staged[key] = frame
                         self._staged_bytes += frame.payload.nbytes

@@ -139,3 +139,39 @@ def test_a_chain_drops_it_everywhere_and_does_not_ask_for_it_again(again: bool) 
     assert fetcher.state("job", A, now=0.0) == "evicted" and fetcher.state("job", B, now=0.0) == "coming"
     assert not any(isinstance(message, Ask) for message in followers.sent)
     fetcher.drop("nobody", A)
+
+
+class Slow:
+    """A store whose answers wait until they are let out, one by one: what a key holds changes meanwhile."""
+
+    def __init__(self) -> None:
+        self.holds, self.asked, self.let = b"wrong", threading.Semaphore(0), threading.Semaphore(0)
+
+    def fetch(self, keys: Any, tokens: Any) -> Fetched:
+        frames = {key: StoredFrame("host", None, memoryview(self.holds)) for key in keys}    # type: ignore[arg-type]
+        self.asked.release()
+        assert self.let.acquire(timeout=10.0)
+        return Fetched(frames, {})
+
+
+def test_what_was_on_its_way_when_it_was_dropped_is_not_taken_for_what_is_asked_for_afterwards() -> None:
+    """It was dropped because its bytes are wrong; the same job looks for them again at once."""
+    store, woken, loaded = Slow(), threading.Event(), []
+    fetcher = TierFetcher(store, lambda payload, slot, start: loaded.append(bytes(payload)), staging_bytes=64,    # type: ignore
+                          wait_s=99.0, clock=lambda: 0.0, wake=woken.set)
+    try:
+        fetcher.want("a", [A], [b""], now=0.0)
+        assert store.asked.acquire(timeout=10.0)
+        store.holds = b"right"
+        fetcher.drop("a", A)
+        assert fetcher.state("a", A, now=0.0) == "coming"
+        store.let.release()
+        assert store.asked.acquire(timeout=10.0), "the store is asked again"
+        assert fetcher.state("a", A, now=0.0) == "coming" and fetcher.staged_bytes == 0
+        woken.clear()
+        store.let.release()
+        assert woken.wait(10.0) and fetcher.state("a", A, now=0.0) == "here"
+        assert fetcher.load("a", A, 0, 0) == "host" and loaded == [b"right"]    # type: ignore[arg-type]
+    finally:
+        store.let.release()
+        fetcher.close()
