@@ -213,7 +213,9 @@ class Borrower:
 
     def where(self, uid: int) -> tuple[str, SlotRef] | None:
         ref = self._where.get(uid)
-        return None if ref is None else (self._name(ref.lender_boot), (ref.loan, ref.slot, ref.gen))
+        if ref is None or self._boots.get(name := self._name(ref.lender_boot)) != ref.lender_boot:
+            return None                              # not ours any more, or its lender lives anew: its refs name other spans
+        return name, (ref.loan, ref.slot, ref.gen)
 
     def attends(self, lender: str) -> bool:
         assert self._banker is not None and self._banker.book is not None
