@@ -66,6 +66,11 @@ class _Stream:
     prepared: dict[tuple[int, int, int | None, bytes], AttentionPlan] = field(default_factory=dict)
     prepared_step: int = -1
 
+    def forget(self, plan: int) -> None:
+        """What was prepared for a plan goes with it."""
+        for key in [key for key in self.prepared if key[0] == plan]:
+            del self.prepared[key]
+
 
 class AttendServer:
     """Serves the hot stream."""
@@ -91,7 +96,7 @@ class AttendServer:
             if isinstance(message, HotPlan):
                 stream.plans[message.plan] = message
                 while len(stream.plans) > KEPT_PLANS:
-                    stream.plans.popitem(last=False)
+                    stream.forget(stream.plans.popitem(last=False)[0])
             elif isinstance(message, Attend):
                 with self._compute:
                     answer = self._attend(stream, message).pack()

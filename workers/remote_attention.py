@@ -10,8 +10,9 @@ Knows rows, refs and streams; knows nothing of terms or of what happens to a los
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
@@ -78,6 +79,7 @@ class _Part:
     positions: np.ndarray
     items: list[tuple[int, int, dict[int, int]]]   # (segment number, row offset in it, span index -> uid)
     fetch: bool = False                      # K and V come here, instead of queries going there
+    asked: dict[int, int] = field(default_factory=dict)   # layer -> the plan's id when that layer was asked for
 
     @property
     def uids(self) -> Iterable[int]:
@@ -102,6 +104,7 @@ class RemoteAttention:
         self._plan_ids = count(1)
         self._known: dict[tuple[object, ...], int] = {}     # content of a plan -> its id at that lender's stream
         self._parts: list[_Part] = []
+        self._crowded: set[str] = set()                     # lenders of this step that cannot remember all its plans
         self._later: list[_Part] = []                       # fetched one after the other, each when its turn has come
         self._broken: dict[str, str] = {}
         self._streams: dict[str, HotStream] = {}            # of this step: one that breaks is not replaced within it
@@ -141,11 +144,14 @@ class RemoteAttention:
         for part in self._parts:
             if part.lender in self._broken:
                 continue
+            if part.lender in self._crowded:
+                self._announce(part)
             if part.fetch:
                 for ahead in (layer, layer + 1) if layer == 0 else (layer + 1,):
                     if ahead < len(self._shape.windows):
-                        self._send(part.lender, Want(part.plan.plan, self._step, ahead).pack())
+                        self._want(part, ahead)
                 continue
+            part.asked[layer] = part.plan.plan
             rows = q if len(part.rows) == len(q) else q.index_select(0, part.rows)
             raw = rows.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes()
             self._send(part.lender, Attend(part.plan.plan, self._step, layer, window, part.positions, raw).pack())
@@ -250,11 +256,15 @@ class RemoteAttention:
                      [(number, offset, uids) for number, offset, _, uids, _ in items])
 
     def _announce_all(self) -> None:
-        """Where one plan is new, all of this step are told anew: the lender forgets the oldest, whether in use or not."""
+        """Where one plan is new, all of this step are told anew: the lender forgets the oldest, whether in use or not. Where
+        they are too many for it, each is told when it is used."""
+        plans = Counter(lender for lender, _ in dict.fromkeys((part.lender, part.plan.items) for part in self._parts))
+        self._crowded = {lender for lender, number in plans.items() if number > KNOWN_PLANS}
         for lender in dict.fromkeys(part.lender for part in self._parts if (part.lender, part.plan.items) not in self._known):
             self._forget_plans(lender)
         for part in self._parts:
-            self._announce(part)
+            if part.lender not in self._crowded:
+                self._announce(part)
 
     def _announce(self, part: _Part) -> None:
         """Send the plan unless this stream knows it already: in decode it seldom changes."""
@@ -295,9 +305,13 @@ class RemoteAttention:
         except StreamBroken as error:
             self._break(lender, error.reason)
 
+    def _want(self, part: _Part, layer: int) -> None:
+        part.asked[layer] = part.plan.plan
+        self._send(part.lender, Want(part.plan.plan, self._step, layer).pack())
+
     def _receive(self, part: _Part, layer: int) -> Partial | Layer | None:
         heads, dim = self._shape.heads, self._head_dim
-        wanted = (part.lender, part.plan.plan, layer)
+        wanted = (part.lender, part.asked.get(layer, 0), layer)
         try:
             while wanted not in self._early:
                 if (stream := self._stream(part.lender)) is None:
@@ -342,7 +356,7 @@ class RemoteAttention:
         """One group at a time: it is asked for when the one before has been attended."""
         for part in self._later:
             self._announce(part)                   # again: with many groups the lender forgets the first ones
-            self._send(part.lender, Want(part.plan.plan, self._step, layer).pack())
+            self._want(part, layer)
             answer = self._receive(part, layer)
             if answer is None:
                 lost.update(dict.fromkeys(part.uids, self._broken[part.lender]))
