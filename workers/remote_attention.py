@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvbank.kernels.merge_partials import RUN_SPANS
 from kvbank.kvstore.transport.hot import Attend, HotFormatError, HotPlan, Layer, Partial, PlanItem, Want, unpack
 from kvbank.workers.attend import AttentionShape, RemoteReply, Staged
 from kvbank.workers.batch import StepPlan
@@ -198,20 +199,33 @@ class RemoteAttention:
         return found
 
     def _cut(self, lender: str, pieces: list[_Piece], plan: StepPlan) -> Iterable[_Part]:
-        """Parts of at most `rows_per_part` rows; a long segment is cut at multiples of eight rows."""
+        """Parts whose answers have at most `rows_per_part` rows; of a long segment at least eight rows are taken."""
         items: list[tuple[int, int, int, dict[int, int], list[tuple[int, Ref]]]] = []
         room = self._rows_per_part
         for number, uids, refs in pieces:
-            offset, left = 0, plan.rows[number].num_rows
+            offset, left, each = 0, plan.rows[number].num_rows, self._answers(refs)
             while left:
-                taken = min(left, room)
-                items.append((number, offset, taken, uids, refs))
-                offset, left, room = offset + taken, left - taken, room - taken
-                if room < 8:
+                if items and room < min(left, 8) * each:
                     yield self._part(lender, items, plan)
                     items, room = [], self._rows_per_part
+                taken = min(left, max(8, room // each))
+                items.append((number, offset, taken, uids, refs))
+                offset, left, room = offset + taken, left - taken, room - taken * each
         if items:
             yield self._part(lender, items, plan)
+
+    def _answers(self, refs: list[tuple[int, Ref]]) -> int:
+        """Partials that a row gets for these spans: one, or under `bitwise` one for each maximal aligned piece of them."""
+        if self._shape.exactness != "bitwise":
+            return 1
+        held = Counter(index // RUN_SPANS for index, _ in refs)
+        whole = {run for run, spans in held.items() if spans == RUN_SPANS}
+        answers = len(refs) - RUN_SPANS * len(whole)
+        while whole:                               # level by level: two neighbours are one piece of the level above
+            above = {run // 2 for run in whole if run % 2 == 0 and run + 1 in whole}
+            answers += len(whole) - 2 * len(above)
+            whole = above
+        return answers
 
     def _fetches(self, rows: int, spans: int) -> bool:
         if self.ship != "smaller":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from kvbank.workers import remote_attention
 from kvbank.workers.attend_server import KEPT_PLANS
@@ -48,3 +49,22 @@ def test_a_step_of_more_plans_than_a_lender_remembers_is_answered(
     assert most > KEPT_PLANS
     assert not got.errors and got.tokens == want
     assert not any(tally.recomputed_after_fault for tally in got.tally.values()), [dict(t.missed) for t in got.tally.values()]
+
+
+def test_an_answer_with_a_partial_for_each_span_fits_one_message(town, alone, run_jobs, prompt) -> None:
+    """`bitwise`: a lender answers once a row for each piece of the tree that it holds whole; seven of eight spans are seven."""
+    job = JobSpec(id="a", prompt=prompt(2400), max_tokens=4, ignore_eos=True)
+    want = run_jobs(alone(exactness="bitwise"), job)
+    bank = town(lenders=1, lender_blocks=320, device_blocks=120, exactness="bitwise", prefill_chunk_tokens=1200)
+    bank.worker.remote.ship = "query"
+    lent: list[int] = []
+
+    def lend() -> None:
+        seqs = bank.worker.engine.jobs()
+        if not lent and seqs and seqs[0].prompt_computed >= 1200:
+            lent.append(7)
+            lend_now(bank, 7)
+    got = bank.run(job, each_step=lend)
+    assert lent and not got.errors and got.tokens == want.tokens and torch.equal(got.logits["a"], want.logits["a"])
+    assert bank.lenders[0].attend.counters.calls > 0
+    assert got.tally["a"].recomputed_after_fault == 0, dict(got.tally["a"].missed)
