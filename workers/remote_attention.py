@@ -10,7 +10,7 @@ Knows rows, refs and streams; knows nothing of terms or of what happens to a los
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -99,7 +99,8 @@ class RemoteAttention:
         self._span_bytes = 2 * shape.kv_heads * shape.span_tokens * head_dim * item   # per layer
         self._staged_layers = staging_spans * len(shape.windows) // 2                 # of single spans
         self._spans_per_part = max(1, PART_BYTES // self._span_bytes)
-        self._early: dict[tuple[str, int, int], Partial | Layer] = {}                 # (lender, plan, layer)
+        # (lender, plan, layer): one answer, in order, for each part that asked. Parts with the same rows and refs are one plan.
+        self._early: dict[tuple[str, int, int], deque[Partial | Layer]] = {}
         row_bytes = shape.heads * head_dim * 4 + shape.heads * 4
         self._rows_per_part = max(8, PART_BYTES // row_bytes // 8 * 8)
         self._plan_ids = count(1)
@@ -327,7 +328,7 @@ class RemoteAttention:
         heads, dim = self._shape.heads, self._head_dim
         wanted = (part.lender, part.asked.get(layer, 0), layer)
         try:
-            while wanted not in self._early:
+            while not self._early.get(wanted):
                 if (stream := self._stream(part.lender)) is None:
                     return None
                 data = stream.receive()
@@ -335,7 +336,7 @@ class RemoteAttention:
                 assert isinstance(answer, (Partial, Layer))
                 self.bytes_received += len(data)
                 if answer.step == self._step:      # else it answers a question we no longer ask
-                    self._early[part.lender, answer.plan, answer.layer] = answer
+                    self._early.setdefault((part.lender, answer.plan, answer.layer), deque()).append(answer)
         except StreamBroken as error:
             self._break(part.lender, error.reason)
             return None
@@ -343,7 +344,7 @@ class RemoteAttention:
             self._break(part.lender, "lender_garbled")
             return None
         self.calls += 1
-        return self._early.pop(wanted)
+        return self._early[wanted].popleft()
 
     def _break(self, lender: str, reason: str) -> None:
         self._broken[lender] = reason
