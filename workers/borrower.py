@@ -180,16 +180,20 @@ class Borrower:
         self._fetch_home()
 
     def settle(self, uids: Sequence[int], *, keep: bool) -> None:
+        told: dict[bool, list[int]] = {}             # keep -> uids
         with self._lock:
             for uid in uids:
                 self._homes.pop(uid, None)           # bytes on their way home must not land in a slot given up
                 ref, key = self._where.pop(uid, None), self._key_of.pop(uid, None)
-                if keep and ref is not None and key is not None and key not in self._distrusted:
+                kept = keep and key not in self._distrusted
+                told.setdefault(kept, []).append(uid)
+                if kept and ref is not None and key is not None:
                     self._left[key] = ref.lender_boot
                     self._left.move_to_end(key)
             while len(self._left) > REMEMBERED:
                 self._left.popitem(last=False)
-        self._tell(loans.NoLongerNeeded(tuple(uids), keep))
+        for kept, some in told.items():
+            self._tell(loans.NoLongerNeeded(tuple(some), kept))
 
     def recall(self, slots: int, *, age: float) -> None:
         assert self._banker is not None

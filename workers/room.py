@@ -237,24 +237,31 @@ class Room:
         for seq in jobs:                           # the chains of running jobs also pass through spans that are not listed
             start = next((at for at, key in enumerate(seq.keys) if key in wrong), len(seq.keys))
             wrong |= dict.fromkeys(seq.keys[start:])
-        made = {span.uid: span for span in (lost, *self._vault.distrust(wrong))}
-        wrong |= dict.fromkeys(key for span in made.values() for key in span.keys)
+        made = {span.uid for span in (lost, *self._forget(wrong))}
         for seq in self._running():
             first = next((at for at, span in seq.table.live() if span.uid in made), None)
             if first is not None:
                 self._taint(seq, first)
-        for seq in jobs:
+
+    def _forget(self, keys: Iterable[BlockKey]) -> list[Span]:
+        """Nothing that is known under these keys, or was made from it, is found again, here or elsewhere. Who reads it goes
+        on. Returns the spans on the device, and those that peers borrowed in place."""
+        made = self._vault.distrust(keys)
+        wrong = dict.fromkeys([*keys, *(key for span in made for key in span.keys)])
+        for seq in [*self._running(), *self._queued()]:
             for key in [key for key in seq.adopted if key in wrong]:
                 if not (span := seq.adopted.pop(key)).refs and self.away.pop(span.uid, None) is not None:
                     span.place = GONE
                     self._bank.settle([span.uid], keep=False)
-        keys = list(wrong)
-        self._backend.forget(keys)
-        self._bank.distrust(keys)
-        self._drop_fetched(keys)
+        self._backend.forget(list(wrong))
+        self._bank.distrust(list(wrong))
+        self._drop_fetched(list(wrong))
+        return made
 
     def spoil(self, seq: Sequence) -> None:
-        """What a job computed and read gave no finite numbers: none of it is found again."""
+        """What a job computed and read gave no finite numbers: none of it is found again, nor what others made from it. They
+        are not to blame, and end only if they get no finite numbers either."""
+        self._forget(seq.keys)
         self._taint(seq, 0)
 
     def _taint(self, seq: Sequence, index: int) -> None:

@@ -214,3 +214,41 @@ def test_peers_are_not_asked_again_for_what_was_tainted() -> None:
     banker.flips = [loans.Adopted(3, bad, ref, b""), loans.Adopted(asked.uids[0], good, ref, b"")]
     assert [type(event) for event in borrower.poll()] == [AdoptEnded, Adopted, AdoptEnded]
     assert loans.NoLongerNeeded((3,), False) in banker.told and borrower.where(3) is None
+
+
+def test_what_is_distrusted_is_not_left_as_cache_by_its_last_reader() -> None:
+    borrower, banker = Borrower(Arena(2, 64), 64, timings=LoanTimings(), wake=lambda: None, lenders=list), Banker()
+    borrower.connect(banker)                             # type: ignore[arg-type]
+    ref, bad, good = Ref(Boot(b"l" * 16), Boot(b"m" * 16), 1, 0, 1), BlockKey(b"bad"), BlockKey(b"good")
+    banker.flips = [loans.Adopted(1, bad, ref, b""), loans.Adopted(2, good, ref, b"")]
+    borrower.poll()
+    borrower.distrust([bad])
+    banker.told.clear()
+    borrower.settle([1, 2], keep=True)
+    told: list[Any] = banker.told
+    assert {(uid, event.keep) for event in told for uid in event.uids} == {(1, False), (2, True)}
+
+
+# -- no finite numbers ---------------------------------------------------------------------------------------------------
+
+
+def test_what_a_spoiled_job_made_is_not_found_again_and_other_jobs_go_on() -> None:
+    house = House()
+    mine = house.span(b"a1", b"b0", b"b1", idle=False)
+    spoiled = house.job("a", [b"a0", b"a1", b"b0", b"b1"], [house.lent, mine])
+    beside = house.job("b", [b"a0", b"a1", b"c0", b"c1"], [house.lent], output=1)
+    house.lent.refs = 2
+    house.running = [spoiled, beside]
+    waiting = house.job("w", [b"a0", b"a1", b"z0", b"z1"], [])
+    adopted = Span(slot=None, place=REMOTE, keys=[BlockKey(b"b1")], parent=b"?")
+    waiting.adopted[BlockKey(b"b1")] = adopted
+    house.room.away[adopted.uid] = adopted
+    house.queued = [waiting]
+    house.span(b"b1", b"d0", b"d1")                      # a job that ended made it from what "a" made
+    house.span(ROOT, b"y0", b"y1")                       # another text
+    house.room.spoil(spoiled)
+    assert house.vault.index.keys() == [b"y0", b"y1"]
+    assert {b"a0", b"a1", b"b0", b"b1", b"d0", b"d1"} == set(house.books.distrusted) == set(house.fetched)
+    assert {b"b0", b"b1", b"d0", b"d1"} <= set(house.shelves.forgotten)
+    assert beside.table.at(0) is house.lent and not beside.table.holes.overlap(0, 4) and not house.room.spoiled
+    assert not waiting.adopted and (adopted.uid, False) in house.books.settled
