@@ -208,6 +208,8 @@ class BlockStore:
 
     def _from_redis(self, keys: list[bytes], ask: _Ask, result: Fetched) -> None:
         assert self._redis is not None
+        if self._behind is not None:
+            keys = [key for key in keys if not self._behind.deleting(key)]
         try:
             found = self._redis.get(keys)
         except TierUnavailable as error:
@@ -235,6 +237,8 @@ class BlockStore:
                 self._redis.delete(keys)
             except TierUnavailable as error:
                 self._count(**{f"delete_{error.reason}": 1})
+                if self._behind is not None:
+                    self._behind.delete(keys)
 
     def _driven_out(self, key: bytes, frame: memoryview) -> None:
         """The host tier needs the room: to Redis, unless it has it."""

@@ -3,7 +3,8 @@
     offer ──copy──> queue (at most `limit_bytes`, else dropped and counted) ──seal──> tier.put ──> acknowledged
 
 While the tier is down what is queued stays queued; what comes when the queue is full is dropped. A frame is tried three
-times. Dropping one is never an error: somebody will recompute it.
+times. Dropping one is never an error: somebody will recompute it. What must not be used any more is deleted on the same
+thread when it has arrived, or when the tier can be reached again: `deleting` until then.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _log = logging.getLogger(__name__)
 _TRIES = 3
 _BATCH_BYTES = 8 << 20
 _LOOK_AGAIN_S = 0.05                           # while the tier is down
+_MAX_DELETING = 1 << 16                        # keys to be deleted; the oldest is forgotten beyond that
 
 
 class WriteBehind:
@@ -34,6 +36,7 @@ class WriteBehind:
         self._changed = threading.Condition()  # guards all below; held for a few lines at a time
         self._waiting: OrderedDict[bytes, tuple[bytes, int]] = OrderedDict()        # key -> (frame, tries)
         self._sending: dict[bytes, int] = {}   # key -> bytes
+        self._deleting: OrderedDict[bytes, None] = OrderedDict()
         self._bytes = 0
         self._closing = False
         self._counters: Counter[str] = Counter()
@@ -64,17 +67,26 @@ class WriteBehind:
         return size <= self._limit_bytes
 
     def cancel(self, keys: Sequence[bytes]) -> None:
-        """Forget what is queued under these keys; what is being sent arrives."""
+        """Forget what is queued under these keys; what is being sent arrives, and is deleted."""
         with self._changed:
             for key in keys:
                 if (entry := self._waiting.pop(key, None)) is not None:
                     self._bytes -= len(entry[0])
-            self._changed.notify_all()
+            self._delete_later([key for key in keys if key in self._sending])
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """Delete these from the tier as soon as it can be reached."""
+        with self._changed:
+            self._delete_later(keys)
+
+    def deleting(self, key: bytes) -> bool:
+        """What the tier holds under this key must not be used."""
+        return key in self._deleting
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until nothing is queued or being sent; False when that took longer."""
+        """Wait until nothing is queued, being sent or to be deleted; False when that took longer."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting and not self._sending, timeout_s)
+            return self._changed.wait_for(lambda: not (self._waiting or self._sending or self._deleting), timeout_s)
 
     def counters(self) -> dict[str, int]:
         with self._changed:
@@ -93,11 +105,16 @@ class WriteBehind:
 
     def _run(self) -> None:
         while (batch := self._next_batch()) is not None:
+            if not batch:
+                self._delete()
+                continue
             stored, unavailable = self._send({key: frame for key, (frame, _) in batch.items()})
             with self._changed:
                 for key, (frame, tries) in batch.items():
                     del self._sending[key]
-                    if unavailable and key not in stored and tries + 1 < _TRIES and not self._closing:
+                    if key in self._deleting:
+                        stored.discard(key)
+                    elif unavailable and key not in stored and tries + 1 < _TRIES and not self._closing:
                         self._waiting[key] = (frame, tries + 1)
                         self._waiting.move_to_end(key, last=False)
                         continue
@@ -111,10 +128,11 @@ class WriteBehind:
                 self._changed.notify_all()
 
     def _next_batch(self) -> dict[bytes, tuple[bytes, int]] | None:
-        """What fits one batch, oldest first; waits while there is nothing, or nobody to send it to. None: closing."""
+        """What fits one batch, oldest first; waits while there is nothing, or nobody to send it to. Empty: something is to be
+        deleted first. None: closing."""
         with self._changed:
             while not self._closing:
-                if not self._waiting:
+                if not self._waiting and not self._deleting:
                     self._changed.wait()
                 elif self._tier.state != "ok":
                     self._changed.wait(_LOOK_AGAIN_S)
@@ -124,11 +142,33 @@ class WriteBehind:
                 return None
             batch: dict[bytes, tuple[bytes, int]] = {}
             size = 0
-            while self._waiting and (not batch or size < _BATCH_BYTES):
+            while self._waiting and not self._deleting and (not batch or size < _BATCH_BYTES):
                 key, entry = self._waiting.popitem(last=False)
                 batch[key], self._sending[key] = entry, len(entry[0])
                 size += len(entry[0])
             return batch
+
+    def _delete_later(self, keys: Sequence[bytes]) -> None:
+        """Under the lock."""
+        self._deleting.update(dict.fromkeys(keys))
+        while len(self._deleting) > _MAX_DELETING:
+            self._deleting.popitem(last=False)
+        self._changed.notify_all()
+
+    def _delete(self) -> None:
+        """Nothing is being sent now, so what is deleted does not come back."""
+        with self._changed:
+            keys = list(self._deleting)
+        try:
+            self._tier.delete(keys)
+        except TierUnavailable:
+            with self._changed:
+                self._changed.wait(_LOOK_AGAIN_S)
+            return
+        with self._changed:
+            for key in keys:
+                self._deleting.pop(key, None)
+            self._changed.notify_all()
 
     def _send(self, frames: dict[bytes, bytes]) -> tuple[set[bytes], bool]:
         """What was stored, and whether the tier went away meanwhile."""

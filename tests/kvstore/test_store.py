@@ -18,6 +18,7 @@ from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis
 from kvbank.kvstore.tiers.host_tier import HostTier
 from kvbank.kvstore.tiers.redis_address import parse
 from kvbank.kvstore.tiers.redis_wire import Command, RedisConnection, Reply
+from kvbank.kvstore.tiers.tier import TierUnavailable
 
 LAYOUT = Layout(num_layers=4, layer_first=0, layer_last=4, kv_heads=2, head_dim=64)     # 512 KiB a span
 SECRET = b"k" * 32
@@ -389,3 +390,25 @@ def test_settings_that_cannot_work_are_config_errors_and_a_password_is_not_shown
     assert "SECRET" not in repr(StoreConfig(redis_url="redis://:SECRET@h"))
     with pytest.raises(ConfigError):
         build_store(StoreConfig(redis_url="http://h"), LAYOUT, SECRET)
+
+
+def test_what_must_not_be_used_is_not_read_from_a_redis_that_could_not_be_told(store_of) -> None:
+    """It stayed silent when the frame was to be deleted, and is there again: with the frame, until it has heard."""
+    store, other = store_of(host_bytes=0), store_of(host_bytes=0)
+    header, payload = SPANS[0]
+    store.put([SPANS[0]])
+    assert store.flush(10.0) and header.key in other.get([header.key])
+    tier = store._redis
+    real, silent = tier.delete, threading.Event()
+
+    def delete(keys) -> None:
+        if not silent.is_set():
+            raise TierUnavailable("timeout")
+        real(keys)
+    tier.delete = delete
+    store.drop([header.key])
+    assert not store.get([header.key]) and header.key in other.get([header.key])
+    silent.set()
+    assert store.flush(10.0) and not other.get([header.key])
+    store.put([SPANS[0]])                                # computed again
+    assert store.flush(10.0) and other.get([header.key])[header.key].payload == payload
