@@ -242,6 +242,10 @@ class Room:
             first = next((at for at, span in seq.table.live() if span.uid in made), None)
             if first is not None:
                 self._taint(seq, first)
+        for seq in self._queued():                 # what a preempted job said before
+            answered = seq.num_output > len(seq.job.emitted) and any(key in wrong for key in seq.keys)
+            if answered and seq not in self.spoiled:
+                self.spoiled.append(seq)
 
     def _forget(self, keys: Iterable[BlockKey]) -> list[Span]:
         """Nothing that is known under these keys, or was made from it, is found again, here or elsewhere. Who reads it goes

@@ -105,7 +105,7 @@ class Scheduler:
             for seq in self.running:
                 seq.progress_at = now                   # what it leaves behind is theirs now
         spoiled = "KV that this answer was made from turned out wrong; what came of it is withdrawn: submit the job again"
-        gone += [(seq, KVBankError(spoiled)) for seq in self.room.spoiled if seq.state == RUNNING]
+        gone += [(seq, KVBankError(spoiled)) for seq in self.room.spoiled if seq.state != DONE]
         self.room.spoiled.clear()
         for seq, _ in gone:
             self.remove(seq)

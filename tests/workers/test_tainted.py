@@ -17,7 +17,7 @@ from kvbank.kvstore.vault import Arena, Vault
 from kvbank.workers.borrower import Borrower, Lender
 from kvbank.workers.room import TAINTED, Room
 from kvbank.workers.seams import Adopted, AdoptEnded, Lost, NoBank
-from kvbank.workers.sequence import RUNNING, JobSpec, Sequence
+from kvbank.workers.sequence import RUNNING, WAITING, JobSpec, Sequence
 
 
 @pytest.mark.parametrize("answered", [False, True])
@@ -172,6 +172,28 @@ def test_a_waiting_job_does_not_use_what_it_adopted_of_a_tainted_text() -> None:
     house.room.absorb([Lost(house.lent.uid, TAINTED)])
     assert list(waiting.adopted) == [b"other"] == [span.keys[0] for span in house.room.away.values()]
     assert (adopted[b"z1"].uid, False) in house.books.settled
+
+
+def test_a_preempted_job_that_answered_from_a_tainted_text_fails_too() -> None:
+    """It reads nothing while it waits; what it said already was made from those bytes, as far as anybody knows."""
+    house = House()
+    keys = [b"a0", b"a1", b"b0"]
+    house.running = [house.job("a", keys[:2], [house.lent])]
+    answered, begun = house.job("b", list(keys), [], output=1), house.job("c", list(keys), [])
+    other = house.job("d", [b"y0", b"y1"], [], output=1)
+    for seq in (answered, begun, other):
+        seq.state = WAITING
+    house.queued = [answered, begun, other]
+    house.room.absorb([Lost(house.lent.uid, TAINTED)])
+    assert house.room.spoiled == [answered]
+
+
+def test_a_spoiled_job_ends_while_it_waits(alone, prompt) -> None:
+    engine = alone()
+    seq = engine.scheduler.add(JobSpec(id="a", prompt=prompt(300), max_tokens=4), 0.0)
+    engine.room.spoiled.append(seq)
+    ((failed, error),) = engine.scheduler.expire(0.0)
+    assert failed is seq and "submit the job again" in str(error) and not engine.scheduler.busy
 
 
 class Banker:
