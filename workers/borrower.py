@@ -102,7 +102,6 @@ class Borrower:
         self._staging_spans = staging_spans
         self._banker: Banker | None = None
         self._names: dict[Boot, str] = {}
-        self._boots: dict[str, Boot] = {}
         self._streams: dict[str, HotAdapter] = {}
         self._where: dict[int, Ref] = {}
         self._moves: dict[int, Move] = {}
@@ -216,18 +215,17 @@ class Borrower:
     # -- remote_attention.Lendings -----------------------------------------------------------------------------------
 
     def where(self, uid: int) -> tuple[str, SlotRef] | None:
+        """Lenders are named by their boot here: one that came back under its id is another, and its refs name other spans."""
         ref = self._where.get(uid)
-        if ref is None or self._boots.get(name := self._name(ref.lender_boot)) != ref.lender_boot:
-            return None                              # not ours any more, or its lender lives anew: its refs name other spans
-        return name, (ref.loan, ref.slot, ref.gen)
+        return None if ref is None else (ref.lender_boot.hex(), (ref.loan, ref.slot, ref.gen))
 
     def attends(self, lender: str) -> bool:
         assert self._banker is not None and self._banker.book is not None
-        return self._banker.book.attends(self._boots[lender])
+        return self._banker.book.attends(_boot(lender))
 
     def stream(self, lender: str) -> HotAdapter:
         assert self._banker is not None
-        boot, banker = self._boots[lender], self._banker
+        boot, banker = _boot(lender), self._banker
         try:
             link = banker.links.hot(
                 boot, slow_s=self._timings.attend_hedge_s, lost_s=self._timings.attend_lost_s,
@@ -236,11 +234,12 @@ class Borrower:
             raise StreamBroken(f"lender_{error.reason}") from error
         adapter = self._streams.get(lender)
         if adapter is None or adapter.link is not link:
+            self._streams = {name: one for name, one in self._streams.items() if not one.link.ended}
             adapter = self._streams[lender] = HotAdapter(link)
         return adapter
 
     def silent(self, lender: str, reason: str) -> None:
-        self._tell(loans.AttendSilent(self._boots[lender]))
+        self._tell(loans.AttendSilent(_boot(lender)))
 
     def stale(self, uids: Sequence[int]) -> None:
         refs = tuple(ref for uid in uids if (ref := self._where.get(uid)) is not None)
@@ -311,7 +310,6 @@ class Borrower:
     def _meet(self, lender: Lender) -> None:
         assert self._banker is not None
         self._names[lender.boot] = lender.id
-        self._boots[lender.id] = lender.boot
         if not self._banker.links.knows(lender.boot):
             self._banker.links.know(lender.boot, lender.address)
 
@@ -415,3 +413,7 @@ class Borrower:
         with self._lock:
             if self._moves.pop(uid, None) is not None:
                 self._asked -= 1
+
+
+def _boot(lender: str) -> Boot:
+    return Boot(bytes.fromhex(lender))

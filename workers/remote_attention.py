@@ -55,7 +55,7 @@ class Lendings(Protocol):
     """Where this worker's lent spans are, and the stream to each lender."""
 
     def where(self, uid: int) -> tuple[str, Ref] | None:
-        """(lender id, ref) of a REMOTE span; None when it is no longer readable."""
+        """(lender, ref) of a REMOTE span; None when it is no longer readable. lender: a name for one life of it."""
 
     def attends(self, lender: str) -> bool:
         """Its arithmetic is ours. Else it is asked for K and V only."""

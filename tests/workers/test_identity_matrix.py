@@ -158,7 +158,7 @@ class Rows:
 
         def remote_slot(uid: int) -> torch.Tensor:
             lender, (_, slot, _) = bank.worker.borrower.where(uid)
-            member = next(m for m in bank.lenders if m.id == lender)
+            member = next(m for m in bank.lenders if m.boot.hex() == lender)
             return member.arena.view(bank.worker.layout)[slot]
 
         return Scene(engine, lambda each_step: bank.run(self.job(), each_step=each_step), remote_slot)
