@@ -333,10 +333,13 @@ class RemoteAttention:
                     return None
                 data = stream.receive()
                 answer = unpack(data, lse_per_row=heads, out_per_row=heads * dim)
-                assert isinstance(answer, (Partial, Layer))
+                if not isinstance(answer, (Partial, Layer)):
+                    raise HotFormatError("a question instead of an answer")
                 self.bytes_received += len(data)
                 if answer.step == self._step:      # else it answers a question we no longer ask
                     self._early.setdefault((part.lender, answer.plan, answer.layer), deque()).append(answer)
+            found = self._early[wanted].popleft()
+            self._check(part, found)
         except StreamBroken as error:
             self._break(part.lender, error.reason)
             return None
@@ -344,7 +347,30 @@ class RemoteAttention:
             self._break(part.lender, "lender_garbled")
             return None
         self.calls += 1
-        return self._early[wanted].popleft()
+        return found
+
+    def _check(self, part: _Part, answer: Partial | Layer) -> None:
+        """Raises HotFormatError for an answer that does not fit what was asked: a fault there costs a replay, not a step."""
+        if isinstance(answer, Layer) != part.fetch:
+            raise HotFormatError("the wrong kind of answer")
+        stale = {(item, index) for item, index in answer.stale.tolist()}
+        asked = {(number, index) for number, (_, _, uids) in enumerate(part.items) for index in uids}
+        if any(item < 0 for item, _ in stale):       # the plan was forgotten, and nothing of it computed
+            stale = asked
+        if not stale <= asked:
+            raise HotFormatError("stale spans that were not asked for")
+        if isinstance(answer, Layer):
+            good = len(answer.data) == (len(asked) - len(stale)) * self._span_bytes
+        elif self._shape.exactness == "bitwise":
+            rows = {number: item.num_rows for number, item in enumerate(part.plan.items)}
+            nodes = answer.nodes.tolist()
+            good = (all(rows.get(item) == count for item, _, _, count in nodes)
+                    and sum(count for _, _, _, count in nodes) * 4 * self._shape.heads == len(answer.lse))
+        else:
+            whole = len(part.rows) * 4 * self._shape.heads
+            good = len(answer.lse) == whole or (len(answer.lse) == 0 and stale == asked)
+        if not good:
+            raise HotFormatError("an answer of the wrong size")
 
     def _break(self, lender: str, reason: str) -> None:
         self._broken[lender] = reason
@@ -377,8 +403,8 @@ class RemoteAttention:
                 lost.update(dict.fromkeys(part.uids, self._broken[part.lender]))
                 continue
             self._note_stale(part, answer, lost)
-            assert isinstance(answer, Layer)
-            yield from self._stage(part, answer)
+            if isinstance(answer, Layer):
+                yield from self._stage(part, answer)
 
     def _stage(self, part: _Part, layer: Layer) -> list[Staged]:
         shape, (number, _, uids) = self._shape, part.items[0]

@@ -59,7 +59,7 @@ def test_lenders_that_refuse_do_not_keep_a_job_from_its_own_host_tier(town, prom
     one = town(lenders=2, device_blocks=32, host_bytes=64 << 20, stall_s=2.0)
     for lender in one.lenders:
         lender.ledger._pool.lendable = lambda: 0
-    one.lenders_now = lambda: [Lender(m.id, m.boot, m.address, 40) for m in one.lenders]
+    one.lenders_now = lambda asker: [Lender(m.id, m.boot, m.address, 40) for m in one.lenders]
     got = one.run(job)
     assert not got.errors
     assert got.tally["a"].parked_blocks_peak > 0

@@ -1,0 +1,53 @@
+"""A lender whose answers do not fit what was asked costs a replay: no other job, no step, no wrong token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kvbank.kvstore.transport.hot import Layer, Partial, Want, unpack
+from kvbank.workers.sequence import JobSpec
+
+HEADS, DIM = 4, 32
+FAR = np.array([[0, 999]], dtype="<i4")
+
+Answer = Partial | Layer
+GARBLED: dict[str, Callable[[Answer], Answer | Want]] = {
+    "cut": lambda answer: replace(answer, data=answer.data[:-64]) if isinstance(answer, Layer)
+    else replace(answer, out=answer.out[: -4 * HEADS * DIM], lse=answer.lse[: -4 * HEADS]),
+    "the wrong kind": lambda answer: Partial(answer.plan, answer.step, answer.layer, FAR[:0], FAR[:0], b"", b"")
+    if isinstance(answer, Layer) else Layer(answer.plan, answer.step, answer.layer, FAR[:0], b""),
+    "a question": lambda answer: Want(answer.plan, answer.step, answer.layer),
+    "stale what nobody asked for": lambda answer: replace(answer, stale=FAR),
+}
+
+
+@pytest.mark.parametrize("exactness", ["fast", "bitwise"])
+@pytest.mark.parametrize("fetched", [False, True], ids=["attended", "fetched"])
+@pytest.mark.parametrize("how", GARBLED)
+def test_an_answer_that_does_not_fit_costs_a_replay(town, alone, run_jobs, prompt, how, fetched, exactness) -> None:
+    job = JobSpec(id="a", prompt=prompt(1300), max_tokens=16, ignore_eos=True)
+    beside = JobSpec(id="b", prompt=prompt(60, 5), max_tokens=30, ignore_eos=True, age=1.0)
+    want = run_jobs(alone(exactness=exactness), job, beside)
+    bank = town(lenders=1, lender_blocks=96, exactness=exactness, avoid_s=0.3)
+    (lender,) = bank.lenders
+    if fetched:
+        lender.ledger.compat = replace(lender.ledger.compat, numerics="another kind of machine")
+    serve, garbled = lender.attend.serve, []
+
+    def faulty(borrower, messages):
+        for data in serve(borrower, messages):
+            seqs = bank.worker.engine.jobs()
+            if not garbled and seqs and seqs[0].num_output >= 4:
+                garbled.append(how)
+                data = GARBLED[how](unpack(data, lse_per_row=HEADS, out_per_row=HEADS * DIM)).pack()
+            yield data
+
+    lender.attend.serve = faulty
+    got = bank.run(job, beside)
+    assert garbled and not got.errors, got.errors
+    assert got.tokens == want.tokens
+    assert got.tally["a"].missed["lender_garbled"] > 0, got.tally["a"]
