@@ -180,6 +180,7 @@ class LoanLedger:
         self.timings = timings or LoanTimings()
         self.draining = False
         self.in_debt = False
+        self._debt_age: Age | None = None                    # of the oldest job we borrow for
         self.counters: Counter[str] = Counter()
         self._pool = pool
         self._gen = 0
@@ -384,16 +385,20 @@ class LoanLedger:
 
     def _make_way(self, now: float, code: str, message: Borrow, sender: Boot) -> tuple[str, int]:
         """A job elsewhere cannot go on, and there is nothing to lend: call back what others borrowed for younger jobs, and
-        have our own younger jobs give way (law 8). Where only older ones hold it, it has to wait for their end."""
+        have our own younger jobs give way (law 8). OLDER, wait for their end, is said only where older ones hold it: loans
+        for the same job are another shard's, and what we borrow for a younger one is given back soon."""
         age, others = (message.age, message.job), [loan for loan in self._youngest_first() if loan.borrower != sender]
         if younger := [loan for loan in others if loan.age > age]:
             self._recall_some(now, message.spans, younger, NEED, self.timings.recall_urgent_s)
             return FULL, RETRY_MS[FULL]
+        if sum(len(loan.slots) for loan in self._loans.get(sender, {}).values()) >= self.lend_cap:
+            return CAP, RETRY_MS[CAP]                        # whoever ends, the asker cannot have more
         if code != CAP:                                      # beside what is lent, our own jobs hold slots
             self._out.append(Yield(age))
-        if others or code != CAP:
+        in_debt_for_older = code == IN_DEBT and self._debt_age is not None and self._debt_age < age
+        if in_debt_for_older or code == FULL or any(loan.age < age for loan in others):
             return OLDER, RETRY_MS[OLDER]
-        return code, RETRY_MS[code]
+        return (CAP if code == CAP else FULL), RETRY_MS[FULL]
 
     def _open(self, now: float, message: Borrow, sender: Boot, room: int) -> OpenLoan | None:
         slots = self._pool.take_for_loan(min(room, self._pool.lendable()))
@@ -475,7 +480,7 @@ class LoanLedger:
             self._recall(now, live, DRAIN, self.timings.recall_drain_s)
 
     def _in_debt(self, now: float, event: InDebt, _sender: Boot) -> None:
-        self.in_debt = event.owes
+        self.in_debt, self._debt_age = event.owes, event.age
         if event.owes and event.age is not None:             # law 6, among those that law 8 allows
             younger = [loan for loan in self._all_loans() if loan.age > event.age]
             slots = [self._lent[slot] for loan in younger for slot in loan.slots]

@@ -405,3 +405,21 @@ def test_check_names_the_law_that_a_damaged_book_breaks(damage: Any, law: str) -
     desk.fill(0.0, ref)
     damage(desk.ledger, desk.ledger._lent[ref.slot])
     assert any(wrong.startswith(law) for wrong in desk.ledger.check())
+
+
+def test_a_needy_job_waits_for_older_ones_only() -> None:
+    """OLDER keeps a job waiting as long as it is said: it must not be said where nobody older holds anything."""
+    def press(desk: Desk, age: float, loan: int = 9) -> str:
+        return desk.say(1.0, m.Borrow(loan, "t", age, 1, needy=True), BO)[-1].code
+
+    sibling = Desk(2)
+    sibling.lend(0.0, 1, 2, to=CY, age=3.0)
+    assert press(sibling, 3.0) == "CAP"                          # another shard's, for the same job
+    assert press(sibling, 4.0) == "OLDER"
+    debtor = Desk(2)
+    debtor.tell(0.0, ev.InDebt(True, (5.0, "")))
+    assert press(debtor, 3.0) == "FULL"                          # a Borrow of a younger job is in flight there
+    assert press(debtor, 6.0) == "OLDER"
+    never = Desk(2, lend_cap=0)
+    never.tell(0.0, ev.InDebt(True, (1.0, "")))
+    assert press(never, 3.0) == "CAP"                            # it borrows for older ones, but lends nothing, ever

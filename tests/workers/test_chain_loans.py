@@ -228,3 +228,18 @@ def test_followers_report_the_keys_their_leader_reports(town, prompt) -> None:
 
 def _keys(joined: bytes) -> list[bytes]:
     return [joined[at : at + 32] for at in range(0, len(joined), 32)]
+
+
+def test_a_needy_job_does_not_wait_for_the_loans_of_its_own_shards(town, prompt) -> None:
+    """Alone in the cluster, and what admission counted has gone: there is nobody older to wait for."""
+    bank = town(lenders=1, shards=2, exactness="bitwise", lender_blocks=64, stall_s=1.5)
+    bank.worker.engine._capacity_tokens = lambda: 1 << 20
+    pressed = bank.lenders[0].ledger.counters
+    give_up = time.monotonic() + 15
+
+    def not_for_ever() -> None:
+        assert time.monotonic() < give_up, pressed
+
+    got = bank.run(JobSpec(id="a", prompt=prompt(2000), max_tokens=2, ignore_eos=True), each_step=not_for_ever)
+    assert isinstance(got.errors["a"], Unavailable)
+    assert pressed["refused_CAP"] and not pressed["refused_OLDER"], pressed
