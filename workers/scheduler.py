@@ -26,6 +26,7 @@ from kvbank.workers.seams import Backend, Bank, Fetcher
 from kvbank.workers.sequence import DONE, RUNNING, WAITING, JobSpec, Sequence
 
 LOOK_AHEAD = 4                               # queued jobs whose bytes are fetched before their turn
+OUTRANKED_STALLS = 20                        # a job waits so many stall_s for older ones elsewhere of which it only hears
 GIVE_WAY_S = 1.0                             # younger jobs keep out of the way so long after an older one elsewhere asked
 
 
@@ -90,10 +91,11 @@ class Scheduler:
     def expire(self, now: float) -> list[tuple[Sequence, KVBankError]]:
         """Jobs that are past their deadline, and the oldest of those without one that made no progress for too long."""
         gone: list[tuple[Sequence, KVBankError]] = []
-        if self.room.outranked:                         # it waits for a job that gets on
-            self.room.outranked = False
+        if self.room.outranked:                         # it waits for a job that gets on, as far as a lender knows: a loan
+            self.room.outranked = False                 # keeps the age it was made for when a younger job reads it on
             for seq in self.running:
-                seq.progress_at = now
+                until = seq.computed_at + OUTRANKED_STALLS * self.config.stall_s
+                seq.progress_at = max(seq.progress_at, min(now, until))
         for seq in [*self.running, *self.waiting]:
             if seq.deadline is not None and now >= seq.deadline:
                 late = f"the deadline of {seq.job.deadline_s:.3g} s passed after {seq.num_output} tokens"
@@ -182,7 +184,7 @@ class Scheduler:
             self.waiting.pop(0)
             self._begin(seq, now)
             self.reuse.hold(seq)
-            seq.state, seq.waits_for, seq.progress_at = RUNNING, "", now
+            seq.state, seq.waits_for, seq.progress_at, seq.computed_at = RUNNING, "", now, now
             self.running.append(seq)
             self.running.sort(key=lambda s: s.age)
 
@@ -271,7 +273,7 @@ class Scheduler:
 
     def _computed(self, seq: Sequence, start: int, stop: int, now: float) -> None:
         seq.table.holes.fill(start, stop)
-        seq.progress_at = now
+        seq.progress_at = seq.computed_at = now
         seq.tally.computed_tokens += stop - start
         if replayed := seq.lost.overlap(start, stop):
             seq.tally.recomputed_after_fault += replayed

@@ -67,7 +67,8 @@ class Sequence:
         self.state = WAITING
         self.waits_for = ""                  # why it does not run: slots | fetch | prefix | ""
         self.deadline = None if job.deadline_s is None else now + job.deadline_s
-        self.progress_at = now               # when it last got a step: a stalled job ends
+        self.progress_at = now               # when it last got a step, or waited for one that does: a stalled job ends
+        self.computed_at = now               # when it last got a step, or began to run
         self.tally = Tally(submitted_at=now)
         self.lost = Holes()                  # positions lost to a fault and not there again yet
         self.loss_reason = ""

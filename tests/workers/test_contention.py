@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from kvbank.errors import Unavailable
+from kvbank.kvstore.messages import OLDER
+from kvbank.workers import scheduler
 from kvbank.workers.engine import Failed, Finished, Token
 from kvbank.workers.sequence import JobSpec
 
@@ -83,3 +86,15 @@ def test_a_walk_in_which_memory_is_always_short(town, alone, run_jobs, prompt, s
         with member.vault.lock:
             assert not member.vault.check() and not member.ledger.check(), member.id
         assert member.vault.counts().lent == 0, member.id
+
+
+def test_nobody_waits_for_ever_for_older_jobs_that_only_a_lender_knows_of(town, prompt, monkeypatch) -> None:
+    """A lender says OLDER by the label of its loans, and the job that a label names may have ended long ago."""
+    monkeypatch.setattr(scheduler, "OUTRANKED_STALLS", 5)
+    bank = town(lenders=1, device_blocks=48, lender_blocks=32, stall_s=1.0)
+    bank.lenders[0].ledger._make_way = lambda *_: (OLDER, 300)
+    bank.worker.engine._capacity_tokens = lambda: 1 << 20
+    started = time.monotonic()
+    _, failed = drive(bank, {0: [job("a", prompt(2000, 1), 1.0)]}, within_s=20.0)
+    assert [type(one.error) for one in failed] == [Unavailable]
+    assert time.monotonic() - started > 5.0, "it did not wait for the older job at all"
