@@ -16,15 +16,19 @@ Engine thread only.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvbank.kvstore.layout import BlockKey, SlotId
+from kvbank.kvstore.messages import OLDER
 from kvbank.workers.chain_frames import Books, Home, Landed, Lend, Message, Settle, pack_moves
 from kvbank.workers.seams import Bank, BankEvent, Lost, Move, Moved, MustReturn, Returned, Stayed, StayedAway
 
 MOVING, AWAY, RETURNING = "moving", "away", "returning"
+NO_LIMIT = 1 << 30                           # spans in one needy Lend
+PRESS_PAUSE_S = 0.35                         # after one that not all shards could place: who was refused may ask again then
 
 
 class Followers(Protocol):
@@ -57,17 +61,21 @@ class _Lent:
     home: set[int] = field(default_factory=set)              # RETURNING: shards whose part came home
     stayed: set[int] = field(default_factory=set)            # RETURNING: shards whose part did not
     recalled: bool = False                   # MustReturn was passed on
+    needy: bool = False                      # MOVING, for a job that cannot go on without
 
 
 class ChainBank:
     """Fills workers.seams.Bank for a chain. `local` is shard 0's own bank."""
 
-    def __init__(self, local: Bank, chain: Followers, *, books: Callable[[], tuple[int, int]] | None = None) -> None:
+    def __init__(self, local: Bank, chain: Followers, *, books: Callable[[], tuple[int, int]] | None = None,
+                 clock: Callable[[], float] = time.monotonic) -> None:
         """books: (free, held) slots of the engine's vault, passed on to the other shards' status."""
         self._local, self._chain = local, chain
         self._lent: dict[int, _Lent] = {}
         self._out: list[BankEvent] = []
         self._attempts = 0
+        self._needy_spans, self._portion = 0, NO_LIMIT           # of the last needy Lend; of the next one, at most
+        self._clock, self._press_at = clock, float("-inf")
         self._books, self._told = books, (-1, -1)
         chain.on_lost = self._lost_in_step
         chain.on_reset.append(self._reset)
@@ -79,12 +87,16 @@ class ChainBank:
         return self._local.lendable() // self._chain.shards
 
     def callable_back(self) -> bool:
-        return self._local.callable_back()
+        return self._clock() >= self._press_at and self._local.callable_back()
 
     def lend_out(self, moves: Sequence[Move], *, tenant: str, age: float, needy: bool = False) -> None:
         self._attempts += 1
+        if needy:
+            self._out += [Stayed(move.uid, "portion") for move in moves[self._portion :]]
+            moves = moves[: self._portion]
+            self._needy_spans = len(moves)
         for move in moves:
-            self._lent[move.uid] = _Lent(MOVING, self._attempts)
+            self._lent[move.uid] = _Lent(MOVING, self._attempts, needy=needy)
         self._chain.send(Lend(self._attempts, pack_moves(moves), tenant, age, needy))
         self._local.lend_out(moves, tenant=tenant, age=age, needy=needy)
 
@@ -167,13 +179,16 @@ class ChainBank:
         if any(shard not in lent.moved and shard not in lent.failed for shard in shards):
             return
         if not lent.failed:
-            lent.state = AWAY
+            lent.state, self._portion = AWAY, NO_LIMIT
             lenders = tuple(dict.fromkeys(lent.moved[shard] for shard in shards))
             self._out.append(Moved(uid, lenders[0], lenders[1:]))
             return
         del self._lent[uid]
         self._settle_at(uid, set(lent.moved) - set(lent.failed))
-        self._out.append(Stayed(uid, next(iter(lent.failed.values()))))
+        if lent.needy and lent.moved:                      # what one shard took the others lack: ask for less
+            self._portion, self._press_at = max(1, self._needy_spans // 2), self._clock() + PRESS_PAUSE_S
+        reasons = list(lent.failed.values())
+        self._out.append(Stayed(uid, OLDER if OLDER in reasons else reasons[0]))
 
     def _must_return(self, lent: _Lent, shard: int, event: MustReturn) -> None:
         if lent.state == MOVING:                           # our copy is still here: no need to fetch this part

@@ -395,3 +395,10 @@ def test_late_news_of_an_earlier_attempt_do_not_touch_the_next() -> None:
     story.lend()
     story.others.says.append((1, first, Lost(1, "gone")))
     assert story.bank.poll() == [] and not story.bank._lent[1].failed
+
+
+def test_a_shard_that_waits_for_older_jobs_makes_the_replica_wait() -> None:
+    story = Story()
+    story.lend()
+    assert story.say(0, Stayed(1, "avoided")) + story.say(1, Stayed(1, "OLDER")) == []
+    assert story.say(2, Stayed(1, "FULL")) == [Stayed(1, "OLDER")]

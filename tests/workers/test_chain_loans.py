@@ -243,3 +243,15 @@ def test_a_needy_job_does_not_wait_for_the_loans_of_its_own_shards(town, prompt)
     got = bank.run(JobSpec(id="a", prompt=prompt(2000), max_tokens=2, ignore_eos=True), each_step=not_for_ever)
     assert isinstance(got.errors["a"], Unavailable)
     assert pressed["refused_CAP"] and not pressed["refused_OLDER"], pressed
+
+
+def test_a_needy_job_asks_for_what_all_its_shards_can_have(town, prompt) -> None:
+    """One shard alone could take all that a lender has left: then no span is elsewhere for all shards, however often its
+    bytes are sent. Advice says nothing, as while slots change hands."""
+    bank = town(lenders=1, shards=2, exactness="bitwise", lender_blocks=32, stall_s=1.5)
+    bank.worker.engine._capacity_tokens = lambda: 1 << 20
+    bank.lenders_now = lambda asker=None: []
+    got = bank.run(JobSpec(id="a", prompt=prompt(2000), max_tokens=2, ignore_eos=True))
+    assert isinstance(got.errors["a"], Unavailable)
+    assert bank.lenders[0].ledger.counters["slots_granted"] <= 48, "the same spans go there and back"
+    check_quiet(bank)
