@@ -362,15 +362,30 @@ class RemoteAttention:
         if isinstance(answer, Layer):
             good = len(answer.data) == (len(asked) - len(stale)) * self._span_bytes
         elif self._shape.exactness == "bitwise":
-            rows = {number: item.num_rows for number, item in enumerate(part.plan.items)}
-            nodes = answer.nodes.tolist()
-            good = (all(rows.get(item) == count for item, _, _, count in nodes)
-                    and sum(count for _, _, _, count in nodes) * 4 * self._shape.heads == len(answer.lse))
+            good = (self._covers(part, answer, asked - stale)
+                    and sum(count for _, _, _, count in answer.nodes.tolist()) * 4 * self._shape.heads == len(answer.lse))
         else:
             whole = len(part.rows) * 4 * self._shape.heads
             good = len(answer.lse) == whole or (len(answer.lse) == 0 and stale == asked)
         if not good:
             raise HotFormatError("an answer of the wrong size")
+
+    def _covers(self, part: _Part, answer: Partial, asked: set[tuple[int, int]]) -> bool:
+        """Every span that was asked for is in one node with the rows of its item; left out is what no row sees."""
+        rows, window = [item.num_rows for item in part.plan.items], self._shape.windows[answer.layer]
+        named: list[tuple[int, int]] = []
+        for item, level, index, number in answer.nodes.tolist():
+            if not (-1 <= level < 32 and 0 <= item < len(rows)) or number != rows[item]:
+                return False
+            if (width := RUN_SPANS << level if level >= 0 else 1) > len(asked):
+                return False
+            named += [(item, span) for span in range(index * width, (index + 1) * width)]
+        missing = asked.difference(named)
+        if len(named) + len(missing) != len(asked):        # said twice, or not asked for
+            return False
+        firsts = np.cumsum([0, *rows])
+        return all(window is not None and (index + 1) * self._shape.span_tokens <= part.positions[firsts[item]] - window + 1
+                   for item, index in missing)
 
     def _break(self, lender: str, reason: str) -> None:
         self._broken[lender] = reason
