@@ -74,7 +74,8 @@ def test_ctrl_c_ends_a_cluster_in_the_foreground_whenever_it_comes(tmp_path: Pat
     state = tmp_path / "state" / "kvbank" / "clusters" / "mine.json"
     command = [sys.executable, "-m", "kvbank", "up", "--json", "--name", "mine", "--model", model, "--workers", "1",
                "--device-blocks", "64", "--redis", "embedded", "--launcher", "process"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env) as up:
+    log = (tmp_path / "stderr").open("w+")
+    with log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env) as up:
         ours = psutil.Process(up.pid)
         if moment == "while it serves":
             told = json.loads(up.stdout.readline())
@@ -84,6 +85,7 @@ def test_ctrl_c_ends_a_cluster_in_the_foreground_whenever_it_comes(tmp_path: Pat
                 assert up.poll() is None
         children = ours.children(recursive=True)
         up.send_signal(signal.SIGINT)
-        assert up.wait(timeout=60) == (0 if moment == "while it serves" else 130)
+        status = up.wait(timeout=60)
+        assert status == (0 if moment == "while it serves" else 130), (up.stdout.read(), Path(log.name).read_text())
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive and not state.exists()

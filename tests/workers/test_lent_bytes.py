@@ -180,7 +180,12 @@ def live_buffers(at_least: int) -> dict[int, tuple[int, Any]]:
         if kind in (dict, list, tuple, set) or hasattr(kind, "__slots__") or kind.__name__ in ("deque", "SimpleQueue", "cell"):
             for inner in gc.get_referents(thing):
                 note(inner)
-    for frame in sys._current_frames().values():
+    gc.disable()           # a tensor that is freed inside takes a lock that _current_frames holds (CPython 3.11): a standstill
+    try:
+        frames = list(sys._current_frames().values())
+    finally:
+        gc.enable()
+    for frame in frames:
         while frame is not None:
             for value in frame.f_locals.values():
                 note(value)
