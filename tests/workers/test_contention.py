@@ -44,7 +44,7 @@ def job(name: str, tokens: list[int], age: float, max_tokens: int = 12) -> JobSp
     return JobSpec(id=name, prompt=tokens, max_tokens=max_tokens, ignore_eos=True, age=age)
 
 
-QUICK = {"exactness": "bitwise", "stall_s": 6.0, "avoid_s": 0.5, "recall_urgent_s": 1.0}
+QUICK = {"exactness": "bitwise", "stall_s": 15.0, "avoid_s": 0.5, "recall_urgent_s": 1.0}
 
 
 def test_two_workers_that_need_the_same_lender_do_not_block_each_other(town, alone, run_jobs, prompt) -> None:
