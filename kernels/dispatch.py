@@ -3,6 +3,8 @@
     device   "fast"                                      "bitwise"
     cpu      fast_plan.FastPlan, PyTorch's fused op      fixed_plan.FixedPlan over the same op
     cuda     triton_attention.TritonPlan                 fixed_plan.FixedPlan over triton_attention.TritonPairs
+
+"digest" is the canary's: digest.DigestPlan, a sum over hashes of the bytes, on the cpu only (docs/decisions/0020).
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from kvbank.kernels.segments import Geometry, Pairs, Segment
 
 
+SERVED = {"cpu": ("fast", "bitwise", "digest"), "cuda": ("fast", "bitwise")}
+
+
 class PairPartials(Protocol):
     """One partial per (row, span) pair: cpu_attention.PairBatch or its like on another device."""
 
@@ -30,9 +35,13 @@ class PairPartials(Protocol):
 
 def choose(exactness: str, device: torch.device) -> Callable[[list[Segment], Geometry, int | None], AttentionPlan]:
     """The plan's class, called with (segments, geometry, window). Raises ValueError when nothing fits."""
-    if device.type not in ("cpu", "cuda") or exactness not in ("fast", "bitwise"):
+    if exactness not in SERVED.get(device.type, ()):
         raise ValueError(f"no attention for exactness {exactness!r} on {device.type}: "
                          "use 'fast' or 'bitwise' on cpu or cuda")
+    if exactness == "digest":
+        from kvbank.kernels.digest import DigestPlan
+
+        return DigestPlan
     if exactness == "bitwise":
         from kvbank.kernels.fixed_plan import FixedPlan
 

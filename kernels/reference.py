@@ -82,6 +82,53 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return out, torch.where(total == 0, NEG_INF, torch.where(top == NEG_INF, 0.0, top) + torch.log(total))
 
 
+def digest(
+    q: Tensor, kv: Tensor, segments: Sequence[Rows], *, span_tokens: int, window: int | None
+) -> list[list[tuple[int, int]]]:
+    """Oracle of `digest.DigestPlan`, in Python's integers: the two lanes of each row and query head.
+
+    q: [T, H, 16], numbers from 0 to 255; kv: [num_slots, 2, Hk, span_tokens, 16].
+    """
+    group = q.shape[1] // kv.shape[2]
+    rows = [[(0, 0)] * q.shape[1] for _ in range(len(q))]
+    for segment in segments:
+        for row, position in enumerate(segment.positions.tolist(), segment.first_row):
+            for head in range(q.shape[1]):
+                total = [0, 0]
+                for index, slot in segment.spans:
+                    for offset in range(span_tokens):
+                        at = index * span_tokens + offset
+                        if at <= position and (window is None or at > position - window):
+                            key, value = kv[slot, 0, head // group, offset], kv[slot, 1, head // group, offset]
+                            total = [(t + _hash(key, value, at, lane)) % WORD for lane, t in enumerate(total)]
+                raw = bytes(int(limb) for limb in q[row, head].tolist())
+                odd = [int.from_bytes(raw[:8], "little") | 1, int.from_bytes(raw[8:], "little") | 1]
+                rows[row][head] = (total[0] * odd[0] % WORD, total[1] * odd[1] % WORD)
+    return rows
+
+
+WORD = 1 << 64
+
+
+def _hash(key: Tensor, value: Tensor, position: int, lane: int) -> int:
+    total = 0
+    for which, vector in enumerate((key, value)):
+        raw = vector.contiguous().view(torch.uint8).numpy().tobytes()
+        for at in range(0, len(raw), 8):
+            number = 1 + lane + 2 * (at // 8 + 64 * which)               # of the multiplier, counted from 1
+            multiplier = _mix(number * 0x9E3779B97F4A7C15) | 1
+            total += multiplier * int.from_bytes(raw[at : at + 8], "little")
+    place = position * 0x9E3779B97F4A7C15 + _mix((3, 5)[lane] * 0x9E3779B97F4A7C15)
+    return _mix((total % WORD) ^ _mix(place))
+
+
+def _mix(word: int) -> int:
+    word %= WORD
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % WORD
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % WORD
+    return word ^ word >> 31
+
+
 def store_kv(kv: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
     """Oracle of `store_kv.store_kv`."""
     span_tokens = kv.shape[3]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from kvbank.errors import ConfigError
+from kvbank.kernels.digest import DIGEST
 from kvbank.kvstore.config import StoreConfig
 from kvbank.kvstore.hashing import root_key
 from kvbank.kvstore.layout import BlockKey, Layout
@@ -20,13 +21,14 @@ from kvbank.kvstore.store import build_store
 from kvbank.kvstore.tiers.host_tier import HostTier
 from kvbank.kvstore.vault import Arena, Vault
 from kvbank.workers.attend import AttentionShape, JoinedAttention
+from kvbank.workers.canary import Canary
 from kvbank.workers.config import WorkerConfig
 from kvbank.workers.engine import Engine
 from kvbank.workers.fetcher import TierFetcher
-from kvbank.workers.models.config_reader import ModelConfig, read_config
+from kvbank.workers.models.config_reader import CANARY, ModelConfig, read_config
 from kvbank.workers.models.decoder import Decoder
 from kvbank.workers.seams import Bank, spill_all
-from kvbank.workers.shard import LocalShard, Shelf
+from kvbank.workers.shard import LocalShard, Model, Shelf
 from kvbank.workers.weights import load_weights
 
 
@@ -80,18 +82,28 @@ def build_shard(
     spec = model or read_config(config.model)
     layout = layout_of(spec, config)
     layers = range(layout.layer_first, layout.layer_last)
-    first, last = layers.start == 0, layers.stop == spec.num_layers
-    weights = load_weights(config.model, spec, layers, first=first, last=last, dtype=config.dtype)
-    decoder = Decoder(spec, weights, layers, first, last, exactness=config.exactness, device=config.device)
+    built = build_model(config, spec, layers)
     arena = Arena(config.num_slots, layout.slot_bytes, config.device)
     shape = AttentionShape(
         heads=spec.num_heads, kv_heads=spec.num_kv_heads, span_tokens=config.span_tokens, scale=spec.head_dim ** -0.5,
-        windows=tuple(spec.windows[layers.start : layers.stop]), exactness=config.exactness,
+        windows=tuple(spec.windows[layers.start : layers.stop]),
+        exactness=DIGEST if spec.model_type == CANARY else config.exactness,
         dtype=getattr(torch, config.dtype), device=config.device,
     )
     attention = JoinedAttention(shape, arena.view(layout))
-    shard = LocalShard(decoder, arena, layout, attention, exactness=config.exactness, host=host, shelf=shelf)
+    shard = LocalShard(built, arena, layout, attention, exactness=config.exactness, host=host, shelf=shelf)
     return Parts(spec, layout, arena, shard, shape, host)
+
+
+def build_model(config: WorkerConfig, spec: ModelConfig, layers: range) -> Model:
+    """These layers of the decoder, or of the canary where config.json says so. Raises ModelError."""
+    if spec.model_type == CANARY:
+        if config.device != "cpu":
+            raise ConfigError(f"a canary runs on the cpu, not on {config.device}")
+        return Canary(config.model, spec, layers, dtype=config.dtype)
+    first, last = layers.start == 0, layers.stop == spec.num_layers
+    weights = load_weights(config.model, spec, layers, first=first, last=last, dtype=config.dtype)
+    return Decoder(spec, weights, layers, first, last, exactness=config.exactness, device=config.device)
 
 
 def root_keys(

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvbank.kernels.digest import DIGEST, merge_digest
 from kvbank.kernels.merge_partials import merge_fast, merge_tree
 from kvbank.kernels.paged_attention import AttentionPlan, Partials, Segment, paged_attention, plan_attention
 from kvbank.kernels.store_kv import StorePlan
@@ -97,7 +98,7 @@ class JoinedAttention:
         self._num_rows = plan.num_rows
         self._store = StorePlan(torch.from_numpy(plan.slot_mapping), shape.span_tokens, shape.device)
         self._positions = torch.from_numpy(plan.positions).to(shape.device)
-        self._rows = plan.rows
+        self.rows = plan.rows
         self._segments = [self._segment(rows.first_row, rows.num_rows, rows.local) for rows in plan.rows]
         self._plans = {window: self._plan(self._segments, window) for window in set(shape.windows)}
         self._has_remote = self.remote is not None and any(rows.remote for rows in plan.rows)
@@ -145,7 +146,7 @@ class JoinedAttention:
         """Partials over spans that were brought into a staging buffer."""
         spans_of = dict(uses)
         segments = [self._segment(rows.first_row, rows.num_rows, spans_of.get(number, ()))
-                    for number, rows in enumerate(self._rows)]
+                    for number, rows in enumerate(self.rows)]
         return paged_attention(q, kv, self._plan(segments, window), self.shape.scale)
 
     def _merge_fast(self, parts: list[Partials], reply: RemoteReply) -> Tensor:
@@ -156,17 +157,18 @@ class JoinedAttention:
                 full_lse = lse.new_full((self._num_rows, *lse.shape[1:]), float("-inf")).index_copy_(0, rows, lse)
                 out, lse = full_out, full_lse
             wholes.append((out, lse))
-        return wholes[0][0] if len(wholes) == 1 else merge_fast(wholes)[0]
+        merge = merge_digest if self.shape.exactness == DIGEST else merge_fast
+        return wholes[0][0] if len(wholes) == 1 else merge(wholes)[0]
 
     def _merge_bitwise(self, parts: list[Partials], reply: RemoteReply, q: Tensor) -> Tensor:
         nodes: dict[Node, tuple[Tensor, Tensor]] = dict(reply.nodes)
         for part in parts:
             nodes.update(part.nodes)
-        by_segment: list[dict[tuple[int, int], tuple[Tensor, Tensor]]] = [{} for _ in self._rows]
+        by_segment: list[dict[tuple[int, int], tuple[Tensor, Tensor]]] = [{} for _ in self.rows]
         for (number, level, index), partial in nodes.items():
             by_segment[number][level, index] = partial
         out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        for number, rows in enumerate(self._rows):
+        for number, rows in enumerate(self.rows):
             if by_segment[number]:
                 num_spans = -(-rows.stop // self.shape.span_tokens)
                 merged, _ = merge_tree(by_segment[number], num_spans)

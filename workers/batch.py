@@ -34,6 +34,7 @@ class PlannedRows:
     local: tuple[tuple[int, int], ...]       # (span index, slot)
     remote: tuple[tuple[int, int], ...] = () # (span index, span uid)
     host: tuple[tuple[int, int], ...] = ()   # (span index, span uid)
+    tenant: str = ""                         # whose sequence it is: part of every key, and of the canary's KV
 
     @property
     def num_rows(self) -> int:
@@ -68,7 +69,7 @@ class StepPlan:
         """For the other shards. `unpack(plan.pack()) == plan`."""
         draws = [(d.row, d.params.temperature, d.params.top_p, d.params.top_k, d.params.seed, d.position)
                  for d in self.draws]
-        rows = [(r.first_row, r.start, r.stop, r.local, r.remote, r.host) for r in self.rows]
+        rows = [(r.first_row, r.start, r.stop, r.local, r.remote, r.host, r.tenant) for r in self.rows]
         arrays = (self.token_ids.tobytes(), self.positions.tobytes(), self.slot_mapping.tobytes())
         return bytes(msgpack.packb((self.step, *arrays, rows, draws)))
 
@@ -112,12 +113,12 @@ class PlanBuilder:
 
     def add(
         self, token_ids: Sequence[int], start: int, local: list[tuple[int, int]], *,
-        remote: list[tuple[int, int]], host: list[tuple[int, int]], draw: SamplingParams | None,
+        remote: list[tuple[int, int]], host: list[tuple[int, int]], draw: SamplingParams | None, tenant: str = "",
     ) -> None:
         """Rows for tokens at positions start.. of one sequence; `draw`: sample what follows the last of them."""
         stop, span = start + len(token_ids), self._span_tokens
         slot_of = dict(local)
-        self._rows.append(PlannedRows(len(self._tokens), start, stop, tuple(local), tuple(remote), tuple(host)))
+        self._rows.append(PlannedRows(len(self._tokens), start, stop, tuple(local), tuple(remote), tuple(host), tenant))
         self._tokens.extend(token_ids)
         self._positions.extend(range(start, stop))
         self._mapping.extend(slot_of[p // span] * span + p % span for p in range(start, stop))

@@ -230,7 +230,7 @@ class Scheduler:
             [(i, s.slot) for i, s in live if s.place == LOCAL and s.slot is not None],
             remote=[(i, s.uid) for i, s in live if s.place == REMOTE and i * self._span < start],
             host=[(i, s.uid) for i, s in live if s.place == HOST and i * self._span < start],
-            draw=seq.job.sampling if stop == seq.num_tokens else None,
+            draw=seq.job.sampling if stop == seq.num_tokens else None, tenant=seq.job.tenant,
         )
         self.planned.append(seq)
         self._lend_ahead(seq, stop)

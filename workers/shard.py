@@ -30,7 +30,7 @@ class Model(Protocol):
     """The decoder, or the canary behind the same seam."""
 
     def forward(
-        self, token_ids: Tensor | None, hidden: Tensor | None, positions: Tensor, attend: Callable[..., Tensor]
+        self, token_ids: Tensor | None, hidden: Tensor | None, positions: Tensor, attend: JoinedAttention
     ) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...

@@ -15,6 +15,7 @@ import torch
 
 from kvbank.cluster.config import load
 from kvbank.proto import control_pb2 as pb
+from kvbank.workers.canary import write_canary
 from kvbank.workers.engine import Engine, EngineEvent, Failed, Finished, Token
 from kvbank.workers.follower_worker import FollowerWorker
 from kvbank.workers.models.random_model import write_random_model
@@ -31,6 +32,12 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     write_random_model(folder, seed=7, vocab=VOCAB)
     return folder
+
+
+@pytest.fixture(scope="session")
+def canary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the model that dies of one wrong byte: 3 layers, 2 KV heads of 16, slots of 96 KiB in float32."""
+    return write_canary(tmp_path_factory.mktemp("canary"))
 
 
 @pytest.fixture()

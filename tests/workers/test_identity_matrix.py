@@ -3,6 +3,8 @@
 Each row runs a job in its own way. Under bitwise its tokens and final logits are byte-equal to the big worker's; under fast the
 logits agree within 1e-4 and so do the tokens. And each row can fail: the same run with one span zeroed, the keys of two swapped,
 keys shifted by one position, or a partial dropped, moves the final logits by more than 1e-2.
+
+The canary runs through the same rows, and is compared with what it answers alone, without any cache.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from kvbank.kvstore.config import StoreConfig
 from kvbank.kvstore.span_table import HOST, LOCAL, REMOTE
 from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis
 from kvbank.workers.assembly import build_engine
+from kvbank.workers.canary_alone import CanaryAlone
 from kvbank.workers.config import WorkerConfig
 from kvbank.workers.sequence import JobSpec
 
@@ -153,7 +156,7 @@ class Rows:
         return self.alone(self.job(), engine=self.engine(StoreConfig(host_bytes=64 << 20), device_blocks=56))
 
     def borrowed(self, **settings: Any) -> Scene:
-        bank = self.town(lenders=2, device_blocks=48, lender_blocks=160, **self.settings, **settings)
+        bank = self.town(lenders=2, model=str(self.folder), device_blocks=48, lender_blocks=160, **self.settings, **settings)
         engine = bank.worker.engine
 
         def remote_slot(uid: int) -> torch.Tensor:
@@ -203,7 +206,7 @@ def rows(small_model: Path, run_jobs, town, prompt):
     made: list[Rows] = []
 
     def build(**settings: Any) -> Rows:
-        made.append(Rows(small_model, run_jobs, town, prompt, settings))
+        made.append(Rows(settings.pop("model", small_model), run_jobs, town, prompt, settings))
         return made[-1]
 
     yield build
@@ -247,3 +250,44 @@ def test_every_row_can_fail(rows, run_jobs, place, what) -> None:
     got = scene.run(strike)
     assert struck, "the saboteur never struck"
     assert (got.logits["a"] - want.logits["a"]).abs().max() > 1e-2
+
+
+# -- the canary ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("exactness", "dtype"), [("fast", "float32"), ("bitwise", "float32"), ("fast", "bfloat16")])
+def test_every_place_gives_what_the_canary_answers_alone(rows, canary, exactness, dtype, place) -> None:
+    build = rows(model=canary, exactness=exactness, dtype=dtype)
+    scene = PLACES[place](build)
+    got = scene.run(None)
+    assert not got.errors
+    assert got.tokens["a"] == CanaryAlone(canary, dtype=dtype).answer(build.text, OUTPUTS)
+    proof = PROOF.get(place)
+    assert proof is None or proof(scene, got.tally["a"]), f"the row was not what it says: {got.tally['a']}"
+
+
+def flip(scene: Scene, job: str) -> None:
+    """One bit of one byte of one span."""
+    _, span = spans_now(scene, job)[1]
+    data = bytes_of(scene, span).clone()
+    data.view(torch.uint8).view(-1)[777] ^= 1
+    write_back(scene, span, data)
+
+
+@pytest.mark.parametrize("what", [*SABOTAGE, "flip one bit"])
+@pytest.mark.parametrize("place", PLACES)
+def test_the_canary_dies_of_it_in_every_row(rows, canary, place, what) -> None:
+    build = rows(model=canary)
+    want = CanaryAlone(canary).answer(build.text, OUTPUTS)
+    scene = PLACES[place](build)
+    struck: list[int] = []
+
+    def strike() -> None:
+        running = [s for s in scene.engine.jobs() if s.job.id == "a" and s.num_output >= SABOTAGE_AFTER and s.state == "running"]
+        if running and not struck and len(spans_now(scene, "a")) >= 3:
+            struck.append(running[0].num_output)
+            {**SABOTAGE, "flip one bit": flip}[what](scene, "a")
+
+    got = scene.run(strike).tokens["a"]
+    assert struck, "the saboteur never struck"
+    assert got[: struck[0]] == want[: struck[0]] and got[struck[0]] != want[struck[0]]

@@ -19,6 +19,7 @@ from kvbank.errors import ModelError
 log = logging.getLogger(__name__)
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+CANARY = "kvbank_canary"                     # workers/canary.py: read like a mistral without a window of its own
 DTYPES = ("float32", "bfloat16", "float16")
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -131,7 +132,7 @@ class _Reader:
 
     def config(self, generation: dict[str, Any]) -> ModelConfig:
         family = self.raw.get("model_type")
-        if family not in FAMILIES:
+        if family not in FAMILIES and family != CANARY:
             raise self.refuse("model_type", f"supported are {', '.join(FAMILIES)}")
         self._refuse_unsupported()
         heads, hidden = self.count("num_attention_heads"), self.count("hidden_size")
@@ -256,7 +257,7 @@ class _Reader:
         kinds = self.raw.get("layer_types")
         if family == "llama" and window is not None:
             raise self.refuse("sliding_window", "this family attends to everything before it")
-        if family in ("llama", "mistral"):
+        if family in ("llama", "mistral", CANARY):
             wanted = "full_attention" if window is None else "sliding_attention"
             if kinds is not None and any(kind != wanted for kind in kinds):
                 raise self.refuse("layer_types", f"all layers of this model are {wanted}")
