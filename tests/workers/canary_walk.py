@@ -1,0 +1,145 @@
+"""A random walk of canary jobs through a city, with an auditor. Every job's tokens are what the canary answers alone."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvbank.errors import Cancelled
+from kvbank.workers.canary_alone import CanaryAlone
+from kvbank.workers.engine import Failed, Finished, Token
+from kvbank.workers.sampler import SamplingParams
+from kvbank.workers.sequence import JobSpec
+from tests.workers.auditor import Auditor
+from tests.workers.city import BLOCK, SLOT, SPAN, City, Weather
+
+LENGTHS = (1, 7, 8, 9, 30, 31, 32, 33, 80, 160, 280, 450)
+STEMS = (0, SPAN, 4 * SPAN - 3, 8 * SPAN)
+QUIET_S = 40.0
+
+
+class WrongToken(AssertionError):
+    """The canary died."""
+
+
+def build_city(model: Path, *, redis: str | None, **settings: Any) -> City:
+    """Two workers of 12 slots, two lenders of 8, room for 8 frames on each host, 4 MiB in Redis; everything is short."""
+    return City(model, **{
+        "device_blocks": 12 * SPAN // BLOCK, "lender_blocks": 8 * SPAN // BLOCK, "host_bytes": 8 * (SLOT + 8192),
+        "redis": redis, "redis_bytes": 4 << 20, "prefill_chunk_tokens": 4 * SPAN, "term_s": 3.0, "renew_s": 0.5, "fill_s": 1.0,
+        "attend_lost_s": 0.5, "avoid_s": 0.3, "recall_calm_s": 1.0, "recall_drain_s": 1.0, "recall_urgent_s": 0.5,
+        "stall_s": 120, **settings})
+
+
+@dataclass
+class Walk:
+    """Dice, jobs and what came of them."""
+
+    city: City
+    alone: CanaryAlone
+    rng: random.Random
+    audit: Auditor
+    weather: Weather | None = None
+    most_live: int = 4                       # jobs at once on each worker
+    cancel: float = 0.01                     # chance per step and job
+    strike: float = 0.02                     # chance per step of something happening to a member
+    outputs: tuple[int, ...] = (1, 2, 9, 30)
+    want: dict[str, list[int]] = field(default_factory=dict)
+    got: dict[str, list[int]] = field(default_factory=dict)
+    live: dict[str, Any] = field(default_factory=dict)               # job -> its worker
+    cancelled: set[str] = field(default_factory=set)
+    checked: int = 0
+    tokens: int = 0
+    numbers: int = 0                         # of the jobs so far
+    reused: Counter[str] = field(default_factory=Counter)
+    seen: Counter[str] = field(default_factory=Counter)
+
+    def job(self, number: int) -> JobSpec:
+        """Texts meet in their beginnings, within a tenant and across."""
+        rng = self.rng
+        text = _text(rng.choice(STEMS), rng.randrange(3)) + _text(rng.choice(LENGTHS), rng.randrange(10))
+        sampling = SamplingParams() if rng.random() < 0.8 else SamplingParams(temperature=1.5, seed=number)
+        return JobSpec(id=f"j{number}", prompt=text, max_tokens=rng.choice(self.outputs), ignore_eos=True, sampling=sampling,
+                       age=float(number), tenant=rng.choice("aab"))
+
+    def run(self, jobs: int, *, until: float = float("inf")) -> None:
+        """Raises WrongToken, auditor.Broken; AssertionError when nothing moves. until: monotonic; no new job from then on."""
+        last, rng, quiet_since = self.numbers + jobs, self.rng, time.monotonic()
+        while (more := self.numbers < last and time.monotonic() < until) or self.live:
+            while more and len(self.live) < self.most_live * len(self.city.workers) and rng.random() < 0.4:
+                self._start(self.job(self.numbers), rng.choice(self.city.workers))
+                self.numbers += 1
+                more = self.numbers < last
+            if self.live and rng.random() < self.cancel:
+                name = rng.choice(sorted(self.live))
+                self.cancelled.add(name)
+                self.live[name].engine.cancel(name)
+            if self.weather is not None and rng.random() < self.strike:
+                self.weather.strike()
+            events = self.city.step()
+            for _, event in events:
+                self._take(event)
+            self.audit.check(full=any(not isinstance(event, Token) for _, event in events))
+            if events:
+                quiet_since = time.monotonic()
+            else:
+                self.city.worker.engine.wake.wait(0.001)
+            assert time.monotonic() - quiet_since < QUIET_S, self._stuck()
+
+    def end(self) -> None:
+        """Peace: everything comes back, and the books are empty."""
+        if self.weather is not None:
+            self.weather.clear()
+        patience = self.audit._patience(self.city.living) + 5.0
+        give_up = time.monotonic() + patience
+        while any(m.vault.counts().lent or m.ledger.num_lent for m in self.city.living) or any(
+                w.engine.room.waiting or w.book.held() for w in self.city.workers):
+            self.city.step()
+            self.audit.check()
+            assert time.monotonic() < give_up, f"not quiet after {patience:.0f} s: {self._lent()}"
+            self.city.worker.engine.wake.wait(0.01)
+        self.audit.check_quiet()
+
+    def _start(self, job: JobSpec, worker: Any) -> None:
+        self.want[job.id] = self.alone.answer(job.prompt, job.max_tokens, tenant=job.tenant, sampling=job.sampling)
+        self.live[job.id] = worker
+        worker.engine.add(job)
+
+    def _take(self, event: Any) -> None:
+        want, got = self.want[event.job], self.got.setdefault(event.job, [])
+        if isinstance(event, Token):
+            if len(got) >= len(want) or event.token != want[len(got)] or event.index != len(got):
+                raise WrongToken(f"{event.job}: token {event.index} is {event.token}, alone the canary says {want[len(got):][:1]}"
+                                 f" after {len(got)} right ones\n{self.audit.history()}")
+            got.append(event.token)
+            self.tokens += 1
+            return
+        del self.live[event.job], self.want[event.job], self.got[event.job]
+        if isinstance(event, Finished):
+            if got != want:
+                raise WrongToken(f"{event.job} ended with {len(got)} of {len(want)} tokens")
+            self.checked += 1
+            self.reused += event.tally.reused
+            self.seen["borrowed"] += event.tally.borrowed_blocks_peak > 0
+            self.seen["parked"] += event.tally.parked_blocks_peak > 0
+            self.seen["replayed"] += event.tally.recomputed_after_fault > 0
+            return
+        assert isinstance(event, Failed)
+        assert isinstance(event.error, Cancelled) and event.job in self.cancelled, f"{event.job} failed: {event.error!r}"
+        self.seen["cancelled"] += 1
+
+    def _stuck(self) -> str:
+        waiting = [(seq.job.id, seq.state, seq.waits_for, seq.num_tokens) for w in self.city.workers for seq in w.engine.jobs()]
+        return f"nothing for {QUIET_S:.0f} s: {waiting}, {self._lent()}\n{self.audit.history()}"
+
+    def _lent(self) -> list[Any]:
+        return [(m.id, m.vault.counts(), m.ledger.num_by_state()) for m in self.city.living]
+
+
+def _text(length: int, seed: int) -> list[int]:
+    rng = random.Random(seed * 7919 + 1)
+    return [rng.randrange(3, 60000) for _ in range(length)]

@@ -1,0 +1,243 @@
+"""A town with several model workers, each lender to the others, driven step by step by one thread; and its bad weather.
+
+The members are real: gRPC between them, their own threads for sessions, bulk and attention, a Redis if its URL is given.
+Only control and the engines' own threads are replaced, by the test's thread.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from kvbank.kvstore.loan_events import Drain, Need
+from kvbank.kvstore.messages import Hello
+from kvbank.kvstore.transport import wire
+from kvbank.kvstore.transport.links import PUT
+from kvbank.proto import control_pb2 as pb
+from tests.workers.conftest import Town
+
+SPAN, BLOCK = 32, 8                          # small spans: the same life in a quarter of the work
+SLOT = 3 * 2 * 2 * SPAN * 16 * 4             # of the canary in float32
+
+
+class City(Town):
+    """`workers` model workers and `lenders` lenders. `self.worker` is the first."""
+
+    def __init__(self, model: Path, *, workers: int = 2, lenders: int = 2, **settings: Any) -> None:
+        self.workers: list[Any] = []
+        super().__init__(model, lenders, **{"span_tokens": SPAN, "block_size": BLOCK, "workers": workers, **settings})
+        self.workers = [self.worker, *(self._start("model", f"worker-{n}") for n in range(1, workers))]
+        self.refresh()
+
+    @property
+    def living(self) -> list[Any]:
+        return [*(self.workers or [self.worker]), *self.followers.values(), *self.lenders]
+
+    @property
+    def members(self) -> list[pb.Member]:
+        return [pb.Member(id=m.id, boot=m.boot, kind=m.kind, address=m.address, slot_bytes=m.arena.slot_bytes,
+                          slots_total=m.vault.num_slots) for m in [*self.lenders, *self.followers.values(), *self.workers]]
+
+    def locate(self, keys: Sequence[bytes]) -> list[pb.Holding]:
+        found = super().locate(keys)
+        for member in self.workers:
+            held = [i for i, key in enumerate(keys) if key in member.vault.index]
+            found += [pb.Holding(id=member.id, first=i, count=1) for i in held]
+        return found
+
+    def refresh(self) -> None:
+        super().refresh()
+        from kvbank.workers.borrower import Lender
+        for worker in self.workers:
+            peers = [Lender(m.id, m.boot, m.address, m.ledger.lendable()) for m in self.workers if m is not worker]
+            worker._lenders = [*self.lenders_now(), *peers]
+
+    def born(self, name: str) -> Any:
+        """A new lender."""
+        self.lenders.append(self._start("lender", name))
+        return self.lenders[-1]
+
+    def step(self) -> list[tuple[Any, Any]]:
+        """One step of every worker: (worker, event)."""
+        self.refresh()
+        return [(worker, event) for worker in self.workers for event in worker.engine.step()]
+
+    def stop(self) -> None:
+        for worker in self.workers[1:]:
+            worker.stop()
+        super().stop()
+
+
+class Cut(grpc.RpcError):
+    """The connection broke after the call was served."""
+
+
+class Weather:
+    """What goes wrong between members, and what happens to them. Shares of messages; all dice are one generator."""
+
+    def __init__(self, city: City, rng: random.Random, *, lost: float = 0.02, twice: float = 0.05, late: float = 0.03,
+                 garbled: float = 0.03, silent: float = 0.002) -> None:
+        self.city, self.rng = city, rng
+        self.lost, self.twice, self.late, self.garbled, self.silent = lost, twice, late, garbled, silent
+        self.did: Counter[str] = Counter()
+        self._tapped: set[bytes] = set()
+        self._timers: list[threading.Timer] = []
+        self._garbled: set[bytes] = set()    # a Fetch twice garbled means that the lender's bytes are wrong: once each
+        self._births = 0
+        self.calm = False
+        self.tap()
+
+    def tap(self) -> None:
+        """Stand between all members, those that are new too."""
+        for member in self.city.living:
+            if member.boot not in self._tapped:
+                self._tapped.add(member.boot)
+                self._tap(member)
+
+    def clear(self) -> None:
+        """From now on everything arrives."""
+        self.calm = True
+        for timer in self._timers:
+            timer.join()
+
+    def _dice(self, what: str, odds: float) -> bool:
+        hit = not self.calm and self.rng.random() < odds
+        self.did[what] += hit
+        return hit
+
+    def _tap(self, member: Any) -> None:
+        banker, links = member.banker, member.banker.links
+        arrived, bulk, hot = banker.arrived, links.bulk, links.hot
+
+        def hear(data: bytes) -> None:
+            if isinstance(wire.unpack(data).message, Hello):       # the session's own; it comes first and once
+                arrived(data)
+                return
+            if self._dice("lost", self.lost):
+                return
+            for _ in range(2 if self._dice("twice", self.twice) else 1):
+                if self._dice("late", self.late):
+                    self._timers = [timer for timer in self._timers if timer.is_alive()]
+                    self._timers.append(threading.Timer(self.rng.uniform(0.02, 1.2), arrived, (data,)))
+                    self._timers[-1].daemon = True
+                    self._timers[-1].start()
+                else:
+                    arrived(data)
+
+        def call(boot: Any, method: str) -> Callable[..., Any]:
+            return self._put(bulk(boot, method)) if method == PUT else self._fetch(bulk(boot, method))
+
+        def stream(boot: Any, **options: Any) -> Any:
+            return self._hot(hot(boot, **options))
+
+        banker.arrived, links.bulk, links.hot = hear, call, stream
+
+    def _put(self, real: Callable[..., bytes]) -> Callable[..., bytes]:
+        def put(messages: Iterator[bytes], **options: Any) -> bytes:
+            said = list(messages)
+            sent = list(said)
+            if self._dice("garbled Put", self.garbled) and len(sent) > 1:
+                sent[-1] = _flipped(sent[-1], self.rng)
+            elif self._dice("cut Put", self.garbled):
+                sent = sent[:-1]
+            answer = real(iter(sent), **options)
+            if self._dice("Put twice", self.twice):
+                answer = real(iter(said), **options)
+            if self._dice("lost Sealed", self.lost):
+                raise Cut
+            return answer
+        return put
+
+    def _fetch(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def fetch(request: bytes, **options: Any) -> Iterator[bytes]:
+            answer = list(real(request, **options))
+            if len(answer) > 1 and request not in self._garbled and self._dice("garbled Fetch", 2 * self.garbled):
+                self._garbled.add(request)
+                answer[0] = answer[0][:1] + _flipped(answer[0][1:], self.rng)
+            elif self._dice("cut Fetch", self.garbled):
+                answer = answer[:-1]
+            return iter(answer)
+        return fetch
+
+    def _hot(self, link: Any) -> Any:
+        if not hasattr(link, "untapped"):
+            link.untapped = link.receive
+
+            def receive() -> bytes:
+                if self._dice("lost Partial", self.silent):
+                    link.untapped()
+                return bytes(link.untapped())
+
+            link.receive = receive
+        return link
+
+    # -- what happens to members -------------------------------------------------------------------------------------
+
+    def strike(self) -> None:
+        """One thing happens to somebody. On the thread that drives the city."""
+        rng, city = self.rng, self.city
+        lender = rng.choice(city.lenders)
+        match rng.randrange(9):
+            case 0 if len(city.lenders) > 1:
+                city.kill(city.lenders.index(lender))
+                self.did["died"] += 1
+            case 1 if len(city.lenders) < 4:
+                city.born(f"lender-new-{self._births}")
+                self._births += 1
+                self.did["born"] += 1
+            case 2:
+                lender.banker.tell_ledger(Drain())
+                self.did["drain"] += 1
+            case 3 | 4:
+                lender.banker.tell_ledger(Need(rng.randint(1, 3), (-1.0, "me"), rng.random() < 0.5))
+                self.did["need"] += 1
+            case 5:
+                rng.choice(city.workers).banker.peer_gone(lender.boot)       # a false alarm
+                self.did["false alarm"] += 1
+            case 6 if (store := rng.choice(city.workers).store) is not None and store._host is not None:
+                self.did["spoiled host frame"] += spoil_host(store._host, rng)
+            case 7 if city.settings["redis"]:
+                self.did["spoiled Redis value"] += spoil_redis(city.settings["redis"], rng)
+            case _:
+                for member in city.lenders:
+                    member.banker.tell_ledger(Drain(on=False))
+        self.tap()
+
+
+def spoil_host(host: Any, rng: random.Random) -> bool:
+    """One byte of a frame on the host tier changes; not of one that somebody reads or has parked there."""
+    with host._lock:
+        frames = [held for held in host._frames.values() if held.movable and not held.pins and not held.holds]
+        if not frames:
+            return False
+        held = rng.choice(frames)
+        at = rng.randrange(held.size)
+        held.memory[at] ^= 1 << rng.randrange(8)
+    return True
+
+
+def spoil_redis(url: str, rng: random.Random) -> bool:
+    """A value of ours is flipped, cut, or put under another's name."""
+    import redis
+
+    with redis.Redis.from_url(url) as server:
+        names = sorted(name for name in server.scan_iter(match=b"kvb:*", count=1000) if server.type(name) == b"string")
+        values = {name: server.get(name) for name in rng.sample(names, min(2, len(names)))}
+        values = {name: value for name, value in values.items() if value and len(value) > 500}
+        if len(values) < 2:
+            return False
+        (a, one), (_, other) = values.items()
+        server.set(a, rng.choice([_flipped(one, rng), one[:-7], other]))
+    return True
+
+
+def _flipped(data: bytes, rng: random.Random) -> bytes:
+    changed = bytearray(data)
+    changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
