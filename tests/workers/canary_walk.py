@@ -47,6 +47,7 @@ class Walk:
     most_live: int = 4                       # jobs at once on each worker
     cancel: float = 0.01                     # chance per step and job
     strike: float = 0.02                     # chance per step of something happening to a member
+    quiet_s: float = QUIET_S                 # without an event, and something is wrong
     outputs: tuple[int, ...] = (1, 2, 9, 30)
     want: dict[str, list[int]] = field(default_factory=dict)
     got: dict[str, list[int]] = field(default_factory=dict)
@@ -88,7 +89,7 @@ class Walk:
                 quiet_since = time.monotonic()
             else:
                 self.city.worker.engine.wake.wait(0.001)
-            assert time.monotonic() - quiet_since < QUIET_S, self._stuck()
+            assert time.monotonic() - quiet_since < self.quiet_s, self._stuck()
 
     def end(self) -> None:
         """Peace: everything comes back, and the books are empty."""
@@ -129,12 +130,15 @@ class Walk:
             self.seen["replayed"] += event.tally.recomputed_after_fault > 0
             return
         assert isinstance(event, Failed)
+        if self.weather is not None and self.weather.did["rotten slot"] and "turned out wrong" in str(event.error):
+            self.seen["spoiled"] += 1        # it had answered from bytes that rotted, and says so
+            return
         assert isinstance(event.error, Cancelled) and event.job in self.cancelled, f"{event.job} failed: {event.error!r}"
         self.seen["cancelled"] += 1
 
     def _stuck(self) -> str:
         waiting = [(seq.job.id, seq.state, seq.waits_for, seq.num_tokens) for w in self.city.workers for seq in w.engine.jobs()]
-        return f"nothing for {QUIET_S:.0f} s: {waiting}, {self._lent()}\n{self.audit.history()}"
+        return f"nothing for {self.quiet_s:.0f} s: {waiting}, {self._lent()}\n{self.audit.history()}"
 
     def _lent(self) -> list[Any]:
         return [(m.id, m.vault.counts(), m.ledger.num_by_state()) for m in self.city.living]

@@ -15,11 +15,14 @@ from typing import Any
 
 import grpc
 
+from kvbank.kvstore.hashing import model_digest
+from kvbank.kvstore.ledger import RECALLED, SEALED
 from kvbank.kvstore.loan_events import Drain, Need
 from kvbank.kvstore.messages import Hello
 from kvbank.kvstore.transport import wire
 from kvbank.kvstore.transport.links import PUT
 from kvbank.proto import control_pb2 as pb
+from kvbank.workers.models.config_reader import read_config
 from tests.workers.conftest import Town
 
 SPAN, BLOCK = 32, 8                          # small spans: the same life in a quarter of the work
@@ -34,6 +37,10 @@ class City(Town):
         super().__init__(model, lenders, **{"span_tokens": SPAN, "block_size": BLOCK, "workers": workers, **settings})
         self.workers = [self.worker, *(self._start("model", f"worker-{n}") for n in range(1, workers))]
         self.refresh()
+
+    def config(self, kind: str, name: str, shard: int = 0) -> dict[str, Any]:
+        folder = self.settings["model"]
+        return {**super().config(kind, name, shard), "model_digest": model_digest(folder, read_config(folder).identity())}
 
     @property
     def living(self) -> list[Any]:
@@ -81,9 +88,10 @@ class Cut(grpc.RpcError):
 class Weather:
     """What goes wrong between members, and what happens to them. Shares of messages; all dice are one generator."""
 
-    def __init__(self, city: City, rng: random.Random, *, lost: float = 0.02, twice: float = 0.05, late: float = 0.03,
-                 garbled: float = 0.03, silent: float = 0.002) -> None:
-        self.city, self.rng = city, rng
+    def __init__(self, city: City, rng: random.Random, *, audit: Any = None, lost: float = 0.02, twice: float = 0.05,
+                 late: float = 0.03, garbled: float = 0.03, silent: float = 0.002) -> None:
+        """audit: told of slots that rot in a city with verify_attend; without it none does."""
+        self.city, self.rng, self.audit = city, rng, audit
         self.lost, self.twice, self.late, self.garbled, self.silent = lost, twice, late, garbled, silent
         self.did: Counter[str] = Counter()
         self._tapped: set[bytes] = set()
@@ -183,7 +191,7 @@ class Weather:
         """One thing happens to somebody. On the thread that drives the city."""
         rng, city = self.rng, self.city
         lender = rng.choice(city.lenders)
-        match rng.randrange(9):
+        match rng.randrange(11):
             case 0 if len(city.lenders) > 1:
                 city.kill(city.lenders.index(lender))
                 self.did["died"] += 1
@@ -204,10 +212,24 @@ class Weather:
                 self.did["spoiled host frame"] += spoil_host(store._host, rng)
             case 7 if city.settings["redis"]:
                 self.did["spoiled Redis value"] += spoil_redis(city.settings["redis"], rng)
+            case 8 | 9 if city.settings["verify_attend"] and self.audit is not None:
+                self.did["rotten slot"] += rot(lender, self.audit, rng)
             case _:
                 for member in city.lenders:
                     member.banker.tell_ledger(Drain(on=False))
         self.tap()
+
+
+def rot(lender: Any, audit: Any, rng: random.Random) -> bool:
+    """A byte of a sealed slot changes in the lender's memory."""
+    with lender.vault.lock:
+        sealed = [slot for slot in lender.ledger._lent.values() if slot.state in (SEALED, RECALLED) and not slot.pins]
+        if not sealed:
+            return False
+        number = rng.choice(sealed).ref.slot
+        audit.excused.add((lender.boot, number))
+        lender.arena.slot(number)[rng.randrange(lender.layout.slot_bytes)] ^= 1 << rng.randrange(8)
+    return True
 
 
 def spoil_host(host: Any, rng: random.Random) -> bool:

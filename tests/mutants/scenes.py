@@ -1,0 +1,99 @@
+"""What every mutant has to survive, and none may: the same scenes with the same seeds, chosen before any mutant was written.
+
+    storm     two workers, two lenders, host, Redis, bad weather          rust     lent bytes rot, every read verifies them
+    window    the same with a sliding window                              models   another model finds this one's Redis
+    shards    one replica of two shards                                   protocol the two loan cores alone, virtual time
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis
+from kvbank.workers.canary import write_canary
+from kvbank.workers.canary_alone import CanaryAlone
+from tests.kvstore.test_loan_walk import World
+from tests.workers.auditor import Auditor, Broken
+from tests.workers.canary_walk import Walk, build_city
+from tests.workers.city import Weather
+
+# (scene, seed, seconds in which new jobs are begun)
+SEEDS = (("storm", 11, 8.0), ("protocol", 12, 6.0), ("rust", 13, 6.0), ("window", 14, 5.0), ("models", 15, 5.0),
+         ("shards", 16, 5.0), ("storm", 17, 8.0), ("protocol", 18, 6.0))
+
+
+@lru_cache
+def _canary(seed: int, window: int | None = None) -> Path:
+    return write_canary(tempfile.mkdtemp(prefix="kvbank-canary-"), seed=seed, sliding_window=window)
+
+
+@contextmanager
+def _walk(folder: Path, seed: int, redis: str, *, weather: bool = True, **settings: Any) -> Iterator[Walk]:
+    city = build_city(folder, redis=redis, **settings)
+    try:
+        audit = Auditor(lambda: city.living)
+        audit.check()
+        skies = Weather(city, random.Random(seed + 1), audit=audit) if weather else None
+        yield Walk(city, CanaryAlone(folder), random.Random(seed), audit, skies, quiet_s=12.0, strike=0.05)
+    finally:
+        city.stop()
+
+
+def storm(seed: int, seconds: float, redis: str, **settings: Any) -> None:
+    with _walk(settings.pop("folder", None) or _canary(0), seed, redis, **settings) as walk:
+        walk.run(10_000, until=time.monotonic() + seconds)
+        walk.end()
+
+
+def rust(seed: int, seconds: float, redis: str) -> None:
+    storm(seed, seconds, redis, verify_attend=True)
+
+
+def window(seed: int, seconds: float, redis: str) -> None:
+    storm(seed, seconds, redis, folder=_canary(0, 3 * 32 + 5))
+
+
+def shards(seed: int, seconds: float, redis: str) -> None:
+    storm(seed, seconds, redis, workers=1, lenders=3, shards=2)
+
+
+def models(seed: int, seconds: float, redis: str) -> None:
+    """Two clusters with one cache secret and one Redis; the same texts go through both."""
+    for number in range(2):
+        with _walk(_canary(number), seed, redis, weather=False, host_bytes=0) as walk:
+            walk.run(10_000, until=time.monotonic() + seconds / 2)
+            for worker in walk.city.workers:
+                worker.vault.drop_idle_spilled()
+                worker.store.flush(2.0)
+            walk.end()
+
+
+def protocol(seed: int, seconds: float, redis: str) -> None:
+    until, number = time.monotonic() + seconds, 0
+    while time.monotonic() < until:
+        world = World(1000 * seed + number, peers=number % 3 == 2).walk(40.0)
+        if world.breaches:
+            raise Broken(world.breaches[0])
+        number += 1
+
+
+SCENES: dict[str, Callable[[int, float, str], None]] = {
+    "storm": storm, "rust": rust, "window": window, "models": models, "shards": shards, "protocol": protocol}
+
+
+def play_all(within_s: float = float("inf")) -> Iterator[tuple[str, int, float]]:
+    """Each scene in turn; yields before each. What goes wrong is raised."""
+    started = time.monotonic()
+    with EmbeddedRedis(64 << 20) as server:
+        for name, seed, seconds in SEEDS:
+            if time.monotonic() - started > within_s:
+                return
+            yield name, seed, time.monotonic() - started
+            SCENES[name](seed, seconds, server.url)
