@@ -3,6 +3,7 @@
 #   make demo       a small cluster on this machine, a long document, borrowed memory, and the proof that the tokens agree
 #   make test       every test that ends in seconds          make test-all    those, and the slow ones
 #   make lint       ruff and mypy                            make bench       NAME=engine ARGS="--quick"
+#   make mutants    plants bugs and tells which are caught
 #   make venv       only install                             make clean       remove what these targets made
 #
 # Everything is installed into .venv by the first call. To use an environment of your own: make test PY=python
@@ -24,7 +25,7 @@ DEMO   :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint bench clean
+.PHONY: help venv demo test test-all mutants lint bench clean
 
 help:
 	@sed -n '/^# *make/s/^# *//p' Makefile
@@ -39,6 +40,9 @@ test: $(DEV)
 
 test-all: $(DEV)
 	$(RUN) -m pytest $(ARGS)
+
+mutants: $(DEV)
+	$(RUN) -m tests.mutants.hunt $(ARGS)
 
 lint: $(DEV)
 	$(PY) -m ruff check --output-format concise

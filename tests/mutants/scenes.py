@@ -25,8 +25,8 @@ from tests.workers.canary_walk import Walk, build_city
 from tests.workers.city import Weather
 
 # (scene, seed, seconds in which new jobs are begun)
-SEEDS = (("storm", 11, 8.0), ("protocol", 12, 6.0), ("rust", 13, 6.0), ("window", 14, 5.0), ("models", 15, 5.0),
-         ("shards", 16, 5.0), ("storm", 17, 8.0), ("protocol", 18, 6.0))
+SEEDS = (("storm", 11, 7.0), ("protocol", 12, 4.0), ("rust", 13, 6.0), ("window", 14, 4.0), ("models", 15, 4.0),
+         ("shards", 16, 4.0), ("storm", 17, 6.0), ("protocol", 18, 4.0))
 
 
 @lru_cache

@@ -30,7 +30,8 @@ from typing import Any
 import psutil
 
 from kvbank.kvstore.ledger import GO, HELD, RECALLED, REVOKED, SEALED
-from kvbank.kvstore.messages import Ref
+from kvbank.kvstore.loan_events import PutEnded, Revoked
+from kvbank.kvstore.messages import Envelope, Ref, Renew, Settle
 from kvbank.kvstore.span_table import GONE, HOST, LOCAL, REMOTE
 from kvbank.kvstore.transport import bulk
 from tests.workers.shadow import Shadow
@@ -62,6 +63,7 @@ class Auditor:
         self._digests: dict[tuple[Any, ...], bytes] = {}     # what is final -> what it hashed to
         self._turn = 0
         self.excused: set[tuple[bytes, int]] = set()         # (lender, slot) whose bytes a test spoiled on purpose
+        self._wrong: list[str] = []                          # seen between two checks
         self.checks = self.hashed = 0
 
     def check(self, *, full: bool = False) -> None:
@@ -72,6 +74,8 @@ class Auditor:
         with ExitStack() as locks:
             for member in members:                           # one picture of all books; nobody else takes two locks
                 locks.enter_context(member.vault.lock)
+            if self._wrong:
+                self._break(self._wrong[0])
             for law in (self._l1, self._l2, self._l3, self._l4, self._l5):
                 for what in law(members):
                     self._break(what)
@@ -108,8 +112,11 @@ class Auditor:
         self._history.append((self._clock(), who, f"ledger.{name}", given, got if name != "on" else tuple(got)))
         if name == "begin_put" and got.kind == GO:
             self._writing[given[1]] = who if given[1] not in self._writing else f"{who} twice"
-        elif name == "on" and type(given[1]).__name__ == "PutEnded":
-            self._writing.pop(given[1].ref, None)
+        elif name == "on" and isinstance(event := given[1], PutEnded):
+            self._writing.pop(event.ref, None)
+        elif name == "on" and isinstance(event, Envelope):
+            ended = [effect.ref for effect in got if isinstance(effect, Revoked)]
+            self._wrong += [f"L3 {who}: {what}" for what in _ended_by(event, ended)]
 
     def history(self, last: int = SHOWN) -> str:
         """The last calls, one a line."""
@@ -273,6 +280,16 @@ class Auditor:
         self.hashed += 1
         if got != want and still():                          # it may have been given up while it was hashed
             self._break(f"L3 {member.id}: bytes of slot {number} changed after they were final: {name}")
+
+
+def _ended_by(envelope: Envelope, ended: list[Ref]) -> Iterator[str]:
+    """A borrower's word ends its own promises, those that it names: what else a message ended."""
+    message, sender = envelope.message, envelope.from_boot
+    for ref in ended:
+        if isinstance(message, Settle) and (ref not in message.refs or ref.borrower_boot != sender):
+            yield f"a Settle ended {ref}, which it does not name"
+        if isinstance(message, Renew) and (ref.loan in message.keep or ref.loan > message.upto):
+            yield f"a Renew ended {ref}, which it keeps or does not know"
 
 
 def _own(member: Any) -> Iterator[str]:

@@ -81,6 +81,8 @@ class Walk:
                 self.live[name].engine.cancel(name)
             if self.weather is not None and rng.random() < self.strike:
                 self.weather.strike()
+            if self.weather is not None and rng.random() < 0.03:
+                self.most_live = rng.choice((1, 1, 2, 4))          # rushes and lulls: with free slots, spans come home
             events = self.city.step()
             for _, event in events:
                 self._take(event)

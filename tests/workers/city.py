@@ -17,7 +17,7 @@ import grpc
 
 from kvbank.kvstore.hashing import model_digest
 from kvbank.kvstore.ledger import RECALLED, SEALED
-from kvbank.kvstore.loan_events import Drain, Need
+from kvbank.kvstore.loan_events import Drain, Need, PeerGone
 from kvbank.kvstore.messages import Hello
 from kvbank.kvstore.transport import wire
 from kvbank.kvstore.transport.links import PUT
@@ -165,7 +165,7 @@ class Weather:
     def _fetch(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def fetch(request: bytes, **options: Any) -> Iterator[bytes]:
             answer = list(real(request, **options))
-            if len(answer) > 1 and request not in self._garbled and self._dice("garbled Fetch", 2 * self.garbled):
+            if len(answer) > 1 and request not in self._garbled and self._dice("garbled Fetch", 10 * self.garbled):
                 self._garbled.add(request)
                 answer[0] = answer[0][:1] + _flipped(answer[0][1:], self.rng)
             elif self._dice("cut Fetch", self.garbled):
@@ -176,11 +176,17 @@ class Weather:
     def _hot(self, link: Any) -> Any:
         if not hasattr(link, "untapped"):
             link.untapped = link.receive
+            spare: list[bytes] = []
 
             def receive() -> bytes:
+                if spare:
+                    return spare.pop()
                 if self._dice("lost Partial", self.silent):
                     link.untapped()
-                return bytes(link.untapped())
+                data = bytes(link.untapped())
+                if self._dice("Partial twice", self.twice):
+                    spare.append(data)
+                return data
 
             link.receive = receive
         return link
@@ -191,7 +197,7 @@ class Weather:
         """One thing happens to somebody. On the thread that drives the city."""
         rng, city = self.rng, self.city
         lender = rng.choice(city.lenders)
-        match rng.randrange(11):
+        match rng.randrange(12):
             case 0 if len(city.lenders) > 1:
                 city.kill(city.lenders.index(lender))
                 self.did["died"] += 1
@@ -206,8 +212,11 @@ class Weather:
                 lender.banker.tell_ledger(Need(rng.randint(1, 3), (-1.0, "me"), rng.random() < 0.5))
                 self.did["need"] += 1
             case 5:
-                rng.choice(city.workers).banker.peer_gone(lender.boot)       # a false alarm
-                self.did["false alarm"] += 1
+                rng.choice(city.workers).banker.peer_gone(lender.boot)
+                self.did["false alarm of a worker"] += 1
+            case 10:                                               # its borrowers read on, and are told that it is stale
+                lender.banker.tell_ledger(PeerGone(rng.choice(city.workers).boot))
+                self.did["false alarm of a lender"] += 1
             case 6 if (store := rng.choice(city.workers).store) is not None and store._host is not None:
                 self.did["spoiled host frame"] += spoil_host(store._host, rng)
             case 7 if city.settings["redis"]:
@@ -232,31 +241,26 @@ def rot(lender: Any, audit: Any, rng: random.Random) -> bool:
     return True
 
 
-def spoil_host(host: Any, rng: random.Random) -> bool:
-    """One byte of a frame on the host tier changes; not of one that somebody reads or has parked there."""
+def spoil_host(host: Any, rng: random.Random) -> int:
+    """One byte each of some frames on the host tier changes; not of those that somebody reads or has parked there."""
     with host._lock:
         frames = [held for held in host._frames.values() if held.movable and not held.pins and not held.holds]
-        if not frames:
-            return False
-        held = rng.choice(frames)
-        at = rng.randrange(held.size)
-        held.memory[at] ^= 1 << rng.randrange(8)
-    return True
+        for held in (chosen := rng.sample(frames, min(3, len(frames)))):
+            held.memory[rng.randrange(held.size)] ^= 1 << rng.randrange(8)
+    return len(chosen)
 
 
-def spoil_redis(url: str, rng: random.Random) -> bool:
-    """A value of ours is flipped, cut, or put under another's name."""
+def spoil_redis(url: str, rng: random.Random) -> int:
+    """Some values of ours are flipped, cut, or put under another's name."""
     import redis
 
     with redis.Redis.from_url(url) as server:
         names = sorted(name for name in server.scan_iter(match=b"kvb:*", count=1000) if server.type(name) == b"string")
-        values = {name: server.get(name) for name in rng.sample(names, min(2, len(names)))}
-        values = {name: value for name, value in values.items() if value and len(value) > 500}
-        if len(values) < 2:
-            return False
-        (a, one), (_, other) = values.items()
-        server.set(a, rng.choice([_flipped(one, rng), one[:-7], other]))
-    return True
+        chosen = rng.sample(names, min(8, len(names)))
+        values = {name: value for name in chosen if (value := server.get(name)) and len(value) > 500}
+        for name, value in values.items():
+            server.set(name, rng.choice([_flipped(value, rng), value[:-7], rng.choice(list(values.values()))]))
+    return len(values)
 
 
 def _flipped(data: bytes, rng: random.Random) -> bytes:

@@ -31,7 +31,7 @@ def cluster(model_folder: Path) -> Iterator[Callable[..., LocalCluster]]:
     made: list[LocalCluster] = []
 
     def start(**settings: Any) -> LocalCluster:
-        made.append(LocalCluster(model=str(model_folder), **{**SMALL, **settings}))
+        made.append(LocalCluster(**{"model": str(model_folder), **SMALL, **settings}))
         return made[-1].start()
 
     yield start

@@ -1,0 +1,92 @@
+"""Plants mutants, one process each, and tells which the judges catch.
+
+    python -m tests.mutants.hunt                 all of them, then caught/planted     (make mutants)
+    python -m tests.mutants.hunt NAME            one, in this process: exit status 0 when it was caught
+    python -m tests.mutants.hunt --list
+
+A mutant is caught when the canary says a wrong token or the auditor finds a broken law within 60 s. A job that fails, a
+bank that stands still or does not come to rest counts too, and is told apart. So does not: a crash of the scene itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.mutants import of_attention, of_engine, of_loans
+
+ROOT = Path(__file__).resolve().parents[2]
+MUTANTS = {mutant.name: mutant for mutant in (*of_loans.MUTANTS, *of_attention.MUTANTS, *of_engine.MUTANTS)}
+WITHIN_S = 60.0
+START_S = 30.0                               # imports, Redis and the first city, on a busy machine
+
+
+@dataclass(frozen=True)
+class Catch:
+    """What became of one mutant."""
+
+    name: str
+    caught: bool
+    said: str
+
+
+def hunt(name: str) -> int:
+    """In this process: plant it and play the scenes. 0: caught; 1: it lived; 2: something else went wrong."""
+    from tests.mutants import scenes
+    from tests.workers.auditor import Broken
+    from tests.workers.canary_walk import WrongToken
+
+    logging.disable(logging.CRITICAL)        # what members log about a planted bug is no news
+    if name != "none":
+        MUTANTS[name].plant()
+    scene, started = "", time.monotonic()
+    try:
+        for playing in scenes.play_all(WITHIN_S - 5.0):
+            scene = playing[0]
+    except (WrongToken, Broken, AssertionError) as found:
+        by = "canary" if isinstance(found, WrongToken) else "auditor" if isinstance(found, Broken) else "walk"
+        print(f"{by:7} {time.monotonic() - started:5.1f} s in {scene}: {str(found).splitlines()[0][:160]}", flush=True)
+        return 0
+    except Exception as broken:
+        print(f"crash   {time.monotonic() - started:5.1f} s in {scene}: {type(broken).__name__}: {broken}", flush=True)
+        return 2
+    print(f"lived   {time.monotonic() - started:5.1f} s", flush=True)
+    return 1
+
+
+def hunt_apart(name: str) -> Catch:
+    """In a process of its own, which the mutant may hang."""
+    try:
+        done = subprocess.run([sys.executable, "-m", "tests.mutants.hunt", name], cwd=ROOT, capture_output=True, text=True,
+                              timeout=WITHIN_S + START_S, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return Catch(name, False, "hung")
+    said = done.stdout.strip().splitlines()
+    return Catch(name, done.returncode == 0, said[-1] if said else done.stderr.strip()[-300:])
+
+
+def main(arguments: list[str]) -> int:
+    if arguments == ["--list"]:
+        for mutant in MUTANTS.values():
+            print(f"{mutant.name}\n    {mutant.harm}")
+        return 0
+    if arguments:
+        return hunt(arguments[0])
+    caught = 0
+    for name in MUTANTS:
+        catch = hunt_apart(name)
+        caught += catch.caught
+        print(f"{'caught' if catch.caught else 'MISSED'}  {name}: {catch.said}", flush=True)
+    print(f"{caught}/{len(MUTANTS)} planted bugs caught")
+    return 0 if caught == len(MUTANTS) else 1
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(status)                         # a mutant may have left threads that never end
