@@ -137,16 +137,6 @@ def window_one_span_short(real: Any) -> Any:
     return release
 
 
-def taint_stops_at_the_span(real: Any) -> Any:
-    def distrust(self: Any, lost: Any) -> None:
-        for seq in self._running():
-            for index, held in seq.table.live():
-                if held is lost:
-                    got = seq.table.lose(index, seq.num_tokens)
-                    seq.lost.add(index * seq.table.span_tokens, index * seq.table.span_tokens + got)
-    return distrust
-
-
 def recall_is_obeyed_and_not_noted(real: Any) -> Any:
     def must_return(self: Any, event: Any) -> None:
         self._bank.settle([event.uid], keep=False)
@@ -198,9 +188,6 @@ MUTANTS = [
            {"workers.fetcher:TierFetcher._drop": staging_is_not_given_back}),
     Mutant("the window lets go one span early", "A sliding window still sees the span that is released behind it.",
            {SCHEDULER + "_release_behind_window": window_one_span_short}),
-    Mutant("taint stops at the span itself", "A lent span rots; it is computed again, but what was computed from it stays, "
-           "and is "
-           "found by the next job.", {ROOM + "_distrust": taint_stops_at_the_span}),
     Mutant("a recalled span is settled and still read", "A lender recalls; the borrower settles at once, and its span table "
            "still points there.", {ROOM + "_must_return": recall_is_obeyed_and_not_noted}),
     Mutant("noise hangs on the batch", "A seeded job draws other tokens when another job sits before it in the batch.",

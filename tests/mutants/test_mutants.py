@@ -25,7 +25,7 @@ def of_this_commit() -> list[str]:
     return sorted(hunt.MUTANTS, key=lambda name: zlib.crc32(f"{commit} {name}".encode()))[:EACH_TIME]
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", of_this_commit())
 def test_a_planted_bug_is_caught_within_a_minute(name: str) -> None:
     catch = hunt.hunt_apart(name)
@@ -33,7 +33,7 @@ def test_a_planted_bug_is_caught_within_a_minute(name: str) -> None:
     assert catch.caught, f"{name} lived: {catch.said}\n{hunt.MUTANTS[name].harm}"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_what_is_not_planted_is_not_caught() -> None:
     catch = hunt.hunt_apart("none")
     assert not catch.caught and catch.said.startswith("lived"), catch.said

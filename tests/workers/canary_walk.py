@@ -49,6 +49,8 @@ class Walk:
     strike: float = 0.02                     # chance per step of something happening to a member
     quiet_s: float = QUIET_S                 # without an event, and something is wrong
     outputs: tuple[int, ...] = (1, 2, 9, 30)
+    lengths: tuple[int, ...] = LENGTHS
+    stems: tuple[int, ...] = STEMS
     want: dict[str, list[int]] = field(default_factory=dict)
     got: dict[str, list[int]] = field(default_factory=dict)
     live: dict[str, Any] = field(default_factory=dict)               # job -> its worker
@@ -62,15 +64,16 @@ class Walk:
     def job(self, number: int) -> JobSpec:
         """Texts meet in their beginnings, within a tenant and across."""
         rng = self.rng
-        text = _text(rng.choice(STEMS), rng.randrange(3)) + _text(rng.choice(LENGTHS), rng.randrange(10))
+        text = _text(rng.choice(self.stems), rng.randrange(3)) + _text(rng.choice(self.lengths), rng.randrange(10))
         sampling = SamplingParams() if rng.random() < 0.8 else SamplingParams(temperature=1.5, seed=number)
         return JobSpec(id=f"j{number}", prompt=text, max_tokens=rng.choice(self.outputs), ignore_eos=True, sampling=sampling,
                        age=float(number), tenant=rng.choice("aab"))
 
-    def run(self, jobs: int, *, until: float = float("inf")) -> None:
-        """Raises WrongToken, auditor.Broken; AssertionError when nothing moves. until: monotonic; no new job from then on."""
-        last, rng, quiet_since = self.numbers + jobs, self.rng, time.monotonic()
-        while (more := self.numbers < last and time.monotonic() < until) or self.live:
+    def run(self, jobs: int, *, cpu_s: float = float("inf")) -> None:
+        """Raises WrongToken, auditor.Broken; AssertionError when nothing moves. cpu_s: of this process, then no new job: the
+        same amount of trouble on a busy machine as on a quiet one."""
+        last, rng, quiet_since, until = self.numbers + jobs, self.rng, time.monotonic(), time.process_time() + cpu_s
+        while (more := self.numbers < last and time.process_time() < until) or self.live:
             while more and len(self.live) < self.most_live * len(self.city.workers) and rng.random() < 0.4:
                 self._start(self.job(self.numbers), rng.choice(self.city.workers))
                 self.numbers += 1

@@ -197,7 +197,7 @@ class Weather:
         """One thing happens to somebody. On the thread that drives the city."""
         rng, city = self.rng, self.city
         lender = rng.choice(city.lenders)
-        match rng.randrange(12):
+        match rng.randrange(14):
             case 0 if len(city.lenders) > 1:
                 city.kill(city.lenders.index(lender))
                 self.did["died"] += 1
@@ -208,7 +208,7 @@ class Weather:
             case 2:
                 lender.banker.tell_ledger(Drain())
                 self.did["drain"] += 1
-            case 3 | 4:
+            case 3 | 4 | 11:
                 lender.banker.tell_ledger(Need(rng.randint(1, 3), (-1.0, "me"), rng.random() < 0.5))
                 self.did["need"] += 1
             case 5:
