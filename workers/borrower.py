@@ -174,6 +174,8 @@ class Borrower:
                 self._distrusted.popitem(last=False)
 
     def bring_home(self, uid: int, slot: SlotId) -> None:
+        if uid not in self._where:                   # lost in the same news that recalled it: nothing else would end this
+            return
         with self._lock:
             self._homes[uid] = _Home(slot)
         self._fetch_home()

@@ -6,11 +6,12 @@ import threading
 from typing import Any
 
 from kvbank.kvstore import loan_events as loans
-from kvbank.kvstore.layout import SlotId
+from kvbank.kvstore.layout import Boot, SlotId
+from kvbank.kvstore.messages import Ref
 from kvbank.kvstore.timings import LoanTimings
 from kvbank.kvstore.vault import Arena
 from kvbank.workers.borrower import Borrower
-from kvbank.workers.seams import Returned, StayedAway
+from kvbank.workers.seams import Lost, MustReturn, Returned, StayedAway
 from kvbank.workers.sequence import JobSpec
 
 
@@ -28,11 +29,23 @@ class Book:
         return flips
 
 
-def test_no_more_spans_come_home_at_once_than_staging_holds() -> None:
+def with_spans_away(book: Book, *uids: int, staging_spans: int) -> tuple[Borrower, Arena]:
+    """A borrower whose spans of these uids are at a lender."""
     arena = Arena(6, 64)
-    borrower = Borrower(arena, 64, timings=LoanTimings(), wake=lambda: None, lenders=list, staging_spans=2)
-    book = Book()
+    borrower = Borrower(arena, 64, timings=LoanTimings(), wake=lambda: None, lenders=list, staging_spans=staging_spans)
     borrower.connect(book)                               # type: ignore[arg-type]
+    book.flips = [loans.Moved(uid, ref_of(uid), b"") for uid in uids]
+    assert len(borrower.poll()) == len(uids)
+    return borrower, arena
+
+
+def ref_of(uid: int) -> Ref:
+    return Ref(Boot(b"l" * 16), Boot(b"b" * 16), 1, uid, uid)
+
+
+def test_no_more_spans_come_home_at_once_than_staging_holds() -> None:
+    book = Book()
+    borrower, arena = with_spans_away(book, *range(1, 6), staging_spans=2)
     for uid in range(1, 6):
         borrower.bring_home(uid, SlotId(uid))
     assert book.fetched == [1, 2]
@@ -85,3 +98,14 @@ def test_a_copy_that_comes_after_it_was_given_up_is_not_taken_for_the_next_one(t
     assert len(asked) == 2 and asked[0] == asked[1]
     assert not got.errors and got.tokens == want.tokens
     assert len(fetched) == 2 and bank.worker.book.counters["spans_home"] == 1
+
+
+def test_a_span_that_is_recalled_and_lost_in_the_same_step_leaves_nothing_in_staging() -> None:
+    """The engine hears both at once and answers the recall first. Nobody ends what it asks for then: the span is lost."""
+    book = Book()
+    borrower, _ = with_spans_away(book, 1, 2, staging_spans=1)
+    book.flips = [loans.MustReturn(1, 1.0, "NEED"), loans.Lost(1, ref_of(1), "stale")]
+    assert borrower.poll() == [MustReturn(1, 1.0, "NEED"), Lost(1, "stale")]
+    borrower.bring_home(1, SlotId(3))                    # as Room does, before it comes to the second
+    borrower.bring_home(2, SlotId(4))
+    assert book.fetched == [2], "the one place in staging is for a span that can come"
