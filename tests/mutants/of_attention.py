@@ -61,8 +61,10 @@ def the_checksum_is_skipped(real: Any) -> Any:
 
 
 def only_the_header_is_hashed(real: Any) -> Any:
-    """CRC and HMAC as before, but over the first 64 bytes of each buffer."""
-    return SimpleNamespace(crc32=lambda data, start=0: zlib.crc32(memoryview(data)[:64], start))
+    """As the checksum of what comes first: the payload adds nothing to it."""
+    def crc32(data: Any, so_far: int | None = None) -> int:
+        return zlib.crc32(memoryview(data)[:64]) if so_far is None else so_far
+    return SimpleNamespace(crc32=crc32)
 
 
 def no_seal(real: Any) -> Any:

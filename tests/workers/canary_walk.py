@@ -51,6 +51,7 @@ class Walk:
     outputs: tuple[int, ...] = (1, 2, 9, 30)
     lengths: tuple[int, ...] = LENGTHS
     stems: tuple[int, ...] = STEMS
+    answers: dict[Any, list[int]] = field(default_factory=dict)      # what the canary was asked alone
     want: dict[str, list[int]] = field(default_factory=dict)
     got: dict[str, list[int]] = field(default_factory=dict)
     live: dict[str, Any] = field(default_factory=dict)               # job -> its worker
@@ -65,7 +66,7 @@ class Walk:
         """Texts meet in their beginnings, within a tenant and across."""
         rng = self.rng
         text = _text(rng.choice(self.stems), rng.randrange(3)) + _text(rng.choice(self.lengths), rng.randrange(10))
-        sampling = SamplingParams() if rng.random() < 0.8 else SamplingParams(temperature=1.5, seed=number)
+        sampling = SamplingParams() if rng.random() < 0.8 else SamplingParams(temperature=1.5, seed=number % 5)
         return JobSpec(id=f"j{number}", prompt=text, max_tokens=rng.choice(self.outputs), ignore_eos=True, sampling=sampling,
                        age=float(number), tenant=rng.choice("aab"))
 
@@ -111,9 +112,16 @@ class Walk:
         self.audit.check_quiet()
 
     def _start(self, job: JobSpec, worker: Any) -> None:
-        self.want[job.id] = self.alone.answer(job.prompt, job.max_tokens, tenant=job.tenant, sampling=job.sampling)
+        self.want[job.id] = self._alone(job)
         self.live[job.id] = worker
         worker.engine.add(job)
+
+    def _alone(self, job: JobSpec) -> list[int]:
+        """Its right answer; texts come again, and the canary needs to be asked once."""
+        name = (tuple(job.prompt), job.tenant, job.sampling)
+        if len(self.answers.get(name, ())) < job.max_tokens:
+            self.answers[name] = self.alone.answer(job.prompt, job.max_tokens, tenant=job.tenant, sampling=job.sampling)
+        return self.answers[name][: job.max_tokens]
 
     def _take(self, event: Any) -> None:
         want, got = self.want[event.job], self.got.setdefault(event.job, [])

@@ -217,7 +217,7 @@ class Weather:
             case 10:                                               # its borrowers read on, and are told that it is stale
                 lender.banker.tell_ledger(PeerGone(rng.choice(city.workers).boot))
                 self.did["false alarm of a lender"] += 1
-            case 6 if (store := rng.choice(city.workers).store) is not None and store._host is not None:
+            case 6 | 12 if (store := rng.choice(city.workers).store) is not None and store._host is not None:
                 self.did["spoiled host frame"] += spoil_host(store._host, rng)
             case 7 if city.settings["redis"]:
                 self.did["spoiled Redis value"] += spoil_redis(city.settings["redis"], rng)
