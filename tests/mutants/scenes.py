@@ -21,7 +21,7 @@ from kvbank.workers.canary import write_canary
 from kvbank.workers.canary_alone import CanaryAlone
 from tests.kvstore.test_loan_walk import World
 from tests.workers.auditor import Auditor, Broken
-from tests.workers.canary_walk import Walk, build_city
+from tests.workers.canary_walk import PatientClock, Walk, build_city
 from tests.workers.city import BLOCK, SLOT, SPAN, Weather
 
 # (scene, seed, seconds of CPU in which new jobs are begun: wall time when nobody else wants the machine)
@@ -44,7 +44,7 @@ def _walk(folder: Path, seed: int, redis: str, *, weather: bool = True, **settin
     blocks = {"device_blocks": 8 * SPAN // BLOCK, "lender_blocks": 6 * SPAN // BLOCK, "host_bytes": 6 * (SLOT * 2 // 3 + 8192)}
     city = build_city(folder, redis=redis, **{**blocks, **settings})
     try:
-        audit = Auditor(lambda: city.living)
+        audit = Auditor(lambda: city.living, clock=PatientClock())
         audit.check()
         skies = Weather(city, random.Random(seed + 1), audit=audit) if weather else None
         yield Walk(city, CanaryAlone(folder), random.Random(seed), audit, skies, quiet_s=12.0, strike=0.2,

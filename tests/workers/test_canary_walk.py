@@ -12,9 +12,8 @@ import pytest
 from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis
 from kvbank.workers.canary_alone import CanaryAlone
 from tests.workers.auditor import Auditor, Footprint
-from tests.workers.canary_walk import Walk, build_city
+from tests.workers.canary_walk import PatientClock, Walk, build_city
 from tests.workers.city import Weather
-
 
 PAIRS = 6                                    # of members that may meet late: a session, a hot stream, and gRPC's threads for them
 
@@ -35,7 +34,7 @@ def walk(canary: Path, redis: EmbeddedRedis) -> Iterator[Callable[..., Walk]]:
         rng = random.Random(seed)
         city = build_city(canary, redis=redis.url, **settings)
         cities.append(city)
-        audit = Auditor(lambda: city.living)
+        audit = Auditor(lambda: city.living, clock=PatientClock())
         audit.check()
         return Walk(city, CanaryAlone(canary), rng, audit, Weather(city, random.Random(seed + 1)) if weather else None)
 
