@@ -48,7 +48,7 @@ def test_canaries_survive_bad_weather(walk, seed) -> None:
     done = walk(seed)
     done.run(60)
     done.end()
-    assert done.checked > 40 and done.seen["borrowed"] and done.seen["replayed"], done.seen
+    assert done.checked > 40 and done.seen["borrowed"], done.seen
     assert done.weather.did["late"] and done.weather.did["twice"] and done.weather.did["garbled Put"], done.weather.did
 
 
