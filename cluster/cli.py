@@ -421,8 +421,11 @@ def _demo(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     folder = ROOT / "bench"
     path = folder / f"{args.name}.py"
+    if not path.is_file():                           # a bench of several files is a folder
+        path = folder / args.name / "__main__.py"
     if not args.name.isidentifier() or not path.is_file():
-        names = sorted(p.stem for p in folder.glob("*.py") if "def main(" in p.read_text()) if folder.is_dir() else []
+        names = sorted([*(p.stem for p in folder.glob("*.py") if "def main(" in p.read_text()),
+                        *(p.parent.name for p in folder.glob("*/__main__.py"))])
         raise NotFound(f"there is no benchmark {args.name!r}; there are: {', '.join(names) or 'none in this install'}")
     spec = importlib.util.spec_from_file_location(f"kvbank_bench_{args.name}", path)
     assert spec is not None and spec.loader is not None

@@ -81,8 +81,9 @@ class Evicted:
     host_bytes = 0
 
     def __init__(self, context: Prefilled, index: Index, side_bytes: int = 0) -> None:
-        self._keys = [[of[head][kept] for head, kept in enumerate(layer)] for of, layer in zip(context.keys, index, strict=True)]
-        self._values = [[of[head][kept] for head, kept in enumerate(layer)] for of, layer in zip(context.values, index, strict=True)]
+        self._keys, self._values = (
+            [[rows[head][kept] for head, kept in enumerate(layer)] for rows, layer in zip(of, index, strict=True)]
+            for of in (context.keys, context.values))
         self.index = [[kept.to(torch.int32) for kept in layer] for layer in index]      # a cache must know what it holds
         held = [*self._keys, *self._values, *self.index]
         self.device_bytes = side_bytes + sum(each.nbytes for layer in held for each in layer)

@@ -29,7 +29,7 @@ class Policy(Protocol):
     """One way to hold less of a context than all of it."""
 
     name: str
-    query_aware: bool                    # sees the question first: what it keeps serves no other, and it stands in a group of its own
+    query_aware: bool                    # sees the question first: what it keeps serves no other, and it is compared apart
 
     def keep(self, context: Prefilled, tokens: int, asked: list[Tensor] | None) -> Fork:
         """tokens: the budget, rows per layer and KV head on average, at least 1. asked: None unless query_aware; then by

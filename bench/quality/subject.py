@@ -38,6 +38,16 @@ class Answered:
     asked: list[Tensor]                  # by layer, queries [R, heads, d] of all rows
     asked_turn: Tensor                   # [R] the turn of a row that belongs to a question; -1: to an answer
 
+    def question(self, turn: int) -> list[Tensor]:
+        """By layer, the queries of one turn's prompt."""
+        return [queries[self.asked_turn == turn] for queries in self.asked]
+
+    @staticmethod
+    def joined(each: list[Answered]) -> Answered:
+        """Turns that were asked apart, in one piece and without their queries."""
+        logits, target, turn = (torch.cat([getattr(one, name) for one in each]) for name in ("logits", "target", "turn"))
+        return Answered(logits, target, turn, [], turn)
+
 
 class Subject:
     """A model folder, in float32 on the CPU."""

@@ -45,14 +45,16 @@ class Cell:
     length: int                          # of the page, questions included
     draw: Callable[[World, Random], Page]
     where: dict[str, Any]                # the setting, for people: {"depth": 0.3}
-    answers: int                         # that one page gives
     could_ask: int = 1                   # answers that the context holds, asked or not
     chance: float = 0.0                  # of a right answer without the cache
     by_token: bool = False               # each token of an answer is counted for itself
 
+    @property
+    def name(self) -> str:
+        return "/".join([self.task, str(self.length), *(f"{name}={value}" for name, value in self.where.items())])
+
     def page(self, world: World, seed: int, number: int) -> Page:
-        setting = "/".join(f"{name}={value}" for name, value in self.where.items())
-        return self.draw(world, Random(f"{seed}/{self.task}/{self.length}/{setting}/{number}"))
+        return self.draw(world, Random(f"{seed}/{self.name}/{number}"))
 
 
 def cells(length: int) -> list[Cell]:
@@ -66,7 +68,7 @@ def needle(length: int) -> list[Cell]:
     def draw(depth: float) -> Callable[[World, Random], Page]:
         return lambda world, rng: cut(world, tasks.needle(world, rng, length, depth=depth), QUESTION)
 
-    return [Cell(task="needle", length=length, draw=draw(depth), where={"depth": depth}, answers=1) for depth in DEPTHS]
+    return [Cell(task="needle", length=length, draw=draw(depth), where={"depth": depth}) for depth in DEPTHS]
 
 
 def multi_key(length: int) -> Cell:
@@ -76,7 +78,7 @@ def multi_key(length: int) -> Cell:
     def draw(world: World, rng: Random) -> Page:
         return cut(world, tasks.needle(world, rng, length, facts=facts, asked=min(ASKED, facts)), QUESTION, "multi-key")
 
-    return Cell(task="multi-key", length=length, draw=draw, where={"facts": facts}, answers=min(ASKED, facts), could_ask=facts)
+    return Cell(task="multi-key", length=length, draw=draw, where={"facts": facts}, could_ask=facts)
 
 
 def recall(length: int) -> Cell:
@@ -87,7 +89,7 @@ def recall(length: int) -> Cell:
         page = cut(world, tasks.recall(world, rng, length, pairs=pairs), LISTING)
         return Page(page.task, page.context, page.turns[:ASKED])
 
-    return Cell(task="recall", length=length, draw=draw, where={"pairs": pairs}, answers=min(ASKED, pairs), could_ask=pairs)
+    return Cell(task="recall", length=length, draw=draw, where={"pairs": pairs}, could_ask=pairs)
 
 
 def compare(length: int) -> Cell:
@@ -95,7 +97,7 @@ def compare(length: int) -> Cell:
     def draw(world: World, rng: Random) -> Page:
         return cut(world, tasks.compare(world, rng, length, entities=8, asked=4), QUESTION)
 
-    return Cell(task="compare", length=length, draw=draw, where={"entities": 8}, answers=4, could_ask=4)
+    return Cell(task="compare", length=length, draw=draw, where={"entities": 8}, could_ask=4)
 
 
 def track(length: int) -> list[Cell]:
@@ -103,14 +105,14 @@ def track(length: int) -> list[Cell]:
     def draw(hops: int) -> Callable[[World, Random], Page]:
         return lambda world, rng: cut(world, tasks.track(world, rng, length, chains=2, hops=hops), QUESTION)
 
-    return [Cell(task="track", length=length, draw=draw(hops), where={"hops": hops}, answers=2, could_ask=2) for hops in HOPS]
+    return [Cell(task="track", length=length, draw=draw(hops), where={"hops": hops}, could_ask=2) for hops in HOPS]
 
 
 def aggregated(length: int) -> Cell:
     def draw(world: World, rng: Random) -> Page:
         return cut(world, aggregate.aggregate(world, rng, length), QUESTION)
 
-    return Cell(task="aggregate", length=length, draw=draw, where={"told": sum(aggregate.TOLD)}, answers=aggregate.NAMES,
+    return Cell(task="aggregate", length=length, draw=draw, where={"told": sum(aggregate.TOLD)},
                 could_ask=aggregate.NAMES, chance=aggregate.CHANCE)
 
 
@@ -121,9 +123,10 @@ def copy(length: int) -> Cell:
     def draw(world: World, rng: Random) -> Page:
         sample = tasks.copy(world, rng, length, tokens=tokens)
         page = cut(world, sample, COPY)
-        return Page(page.task, page.context, [Turn(page.turns[0].prompt, [token for turn in page.turns for token in turn.answer])])
+        again = [token for turn in page.turns for token in turn.answer]
+        return Page(page.task, page.context, [Turn(page.turns[0].prompt, again)])
 
-    return Cell(task="copy", length=length, draw=draw, where={"tokens": tokens}, answers=tokens, by_token=True)
+    return Cell(task="copy", length=length, draw=draw, where={"tokens": tokens}, by_token=True)
 
 
 def text(length: int) -> Cell:
@@ -134,7 +137,7 @@ def text(length: int) -> Cell:
         ids = tasks.text(world, rng, length).ids[:length]
         return Page("text", ids[:-tail - 1], [Turn(ids[-tail - 1:-tail], ids[-tail:])])
 
-    return Cell(task="text", length=length, draw=draw, where={"tokens": tail}, answers=tail, by_token=True)
+    return Cell(task="text", length=length, draw=draw, where={"tokens": tail}, by_token=True)
 
 
 def cut(world: World, sample: Sample, header: str, task: str | None = None) -> Page:
