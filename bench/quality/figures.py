@@ -133,7 +133,7 @@ def _frame(left: float, title: str, marks: list[tuple[float, str]]) -> list[str]
 
 
 def _dot(x: float, point: Point, colour: str) -> str:
-    said = f"{point.policy} {point.budget:.2%}: {point.share:.1%}, {point.bytes_per_token:.0f} B/token, {point.speed:.0f} tokens/s"
+    said = f"{point.policy} {point.budget:.2%}: {point.share:.1%}, {point.bytes_per_token:.0f} B/token, {point.speed:.0f} tok/s"
     return f'<circle cx="{x:.1f}" cy="{_y(point.share):.1f}" r="3.5" fill="{colour}"><title>{said}</title></circle>'
 
 

@@ -14,7 +14,7 @@ def page(results: dict[str, Any]) -> str:
         f"Pages of {config['context']} tokens, {config['answers']} answers or more of each task, seed {config['seed']}, "
         f"{config['dtype']}, {config['threads']} thread. In brackets the 95 % interval. Words: docs/quality.md.\n",
         *_gates(results, tasks)]
-    for aware, title in ((False, "Without seeing the question"), (True, "Having seen the question: what is kept serves no other")):
+    for aware, title in ((False, "Without seeing the question"), (True, "Having seen it: what is kept serves no other")):
         names = [name for name, sees in config["query_aware"].items() if sees is aware]
         if names:
             parts += [f"\n## {title}\n", *_group(results, tasks, names)]
@@ -29,9 +29,9 @@ def _gates(results: dict[str, Any], tasks: list[str]) -> list[str]:
     for task in tasks:
         full, random = _row(results, task, "full", 1.0), _row(results, task, "random-eviction", least)
         said = results["tasks"][task]
-        verdict = f"not discriminative: {said['not_discriminative']}" if said["not_discriminative"] else "tells"
-        lines.append(f"| {task} | {full['of']} | {full['pages']} | {full['context']:.0f} | {said['chance']:.0%} | {_cell(full)} | "
-                     f"{_cell(random)} | {verdict} |")
+        told = f"not discriminative: {said['not_discriminative']}" if said["not_discriminative"] else "tells"
+        lines.append(f"| {task} | {full['of']} | {full['pages']} | {full['context']:.0f} | {said['chance']:.0%} | {_cell(full)} "
+                     f"| {_cell(random)} | {told} |")
     return lines
 
 
