@@ -84,4 +84,4 @@ def test_a_bench_that_is_not_there_is_refused_by_name() -> None:
     done = run_bench("nothing")
     assert done.returncode == 1
     message = json.loads(done.stdout)["error"]["message"]
-    assert all(name in message for name in ("engine", "prefix", "lending", "attend"))
+    assert all(name in message for name in ("engine", "prefix", "lending", "attend", "quality"))

@@ -23,7 +23,7 @@ def aggregate(world: World, rng: Random, length: int, *, names: int = NAMES) -> 
         values: dict[str, None] = {}
         while len(values) < len(TOLD):
             values[draw_value(rng, world.held_out)] = None
-        said = [f" The {attribute} of {key} is {value}." for value in values]
-        told += [sentence for sentence, times in zip(said, TOLD, strict=True) for _ in range(times)]
-        asked.append(Asked(f"what is the {attribute} of {key}?", said[0]))
+        for value, times in zip(values, TOLD, strict=True):
+            told += [f" The {attribute} of {key} is {value}."] * times
+        asked.append(Asked(f"what is the {attribute} of {key}?", (f" {key} is {next(iter(values))}.",)))
     return world.page("aggregate", rng, length, told, asked)

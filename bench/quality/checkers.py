@@ -53,7 +53,7 @@ def _needle(speller: Speller, context: Context, prompt: list[int]) -> Solved:
     solved = Solved()
     values = _values(speller, context, f" The {attribute} of {key} is", ".", solved.places)
     value = Counter(values).most_common(1)[0][0]
-    solved.answer = [*speller.ids(f" The {attribute} of {key} is{value}."), speller.eos]
+    solved.answer = [*speller.ids(f" {key} is{value}."), speller.eos]
     return solved
 
 
@@ -67,9 +67,9 @@ def _recall(speller: Speller, context: Context, prompt: list[int]) -> Solved:
 def _compare(speller: Speller, context: Context, prompt: list[int]) -> Solved:
     one, other = _asked(speller, prompt, r"who scored more, (\w+ \w+) or (\w+ \w+)\?")
     solved = Solved()
-    ((left,), (right,)) = (_values(speller, context, f" {key} scored", " points", solved.places) for key in (one, other))
-    more = one if int(left) > int(right) else other
-    solved.answer = [*speller.ids(f" {one} scored{left} and {other} scored{right}, so {more}."), speller.eos]
+    ((left,), (right,)) = (_values(speller, context, f" Score: {key}", ".", solved.places) for key in (one, other))
+    said, best = ("less", one) if int(left) > int(right) else ("more", other)
+    solved.answer = [*speller.ids(f" {one}{left}, {other}{right} {said}: {best}."), speller.eos]
     return solved
 
 

@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
+from bench.needle import corpus, tokenizer
+from bench.needle.filler import Filler
+from bench.needle.sample import Speller
 from bench.needle.tasks import World
-from bench.needle.train import open_world
 from bench.quality import checkers, figures, table, tasks
 from bench.quality.attention import Fork, Prefilled, Whole
 from bench.quality.policies import CONTROLS, POLICIES, Full, Policy, RandomEviction
@@ -65,12 +67,13 @@ def measure(folder: str | Path, *, policies: Iterable[str | Policy] = (), contex
     """
     if quick:
         context, budgets, answers = min(context, 256), QUICK_BUDGETS, QUICK_ANSWERS
-    run = _Run(Subject(folder), world or open_world(Path(folder), held_out=True), _chosen(policies), budgets, seed)
+    world, text = (world, "given") if world else held_out_world(Path(folder))
+    run = _Run(Subject(folder), world, _chosen(policies), budgets, seed)
     every, wanted = tasks.cells(context), set(only)
     if wanted - {cell.task for cell in every}:
         raise NotFound(f"there is no task {wanted!r}; there are: {', '.join(dict.fromkeys(cell.task for cell in every))}")
     run.results.config = {
-        "context": context, "budgets": run.budgets, "answers": answers, "seed": seed, "dtype": "float32",
+        "context": context, "budgets": run.budgets, "answers": answers, "seed": seed, "text": text, "dtype": "float32",
         "threads": torch.get_num_threads(), "query_aware": {policy.name: policy.query_aware for policy in run.policies}}
     with torch.inference_mode():
         for name in dict.fromkeys(cell.task for cell in every if not wanted or cell.task in wanted):
@@ -80,6 +83,12 @@ def measure(folder: str | Path, *, policies: Iterable[str | Policy] = (), contex
                 run.needle(tasks.needle(length), answers)
         run.clock(tasks.needle(context)[len(tasks.DEPTHS) // 2])
     return run.results
+
+
+def held_out_world(folder: Path) -> tuple[World, str]:
+    """What this machine has of held-out text, in the folder's tokens; and a digest, as other machines may have other text."""
+    pieces, loaded = corpus.read_pieces(), tokenizer.load(folder / "tokenizer.json")
+    return World(Speller(loaded), Filler(pieces, loaded, held_out=True), held_out=True), corpus.digest(pieces)
 
 
 def _chosen(wanted: Iterable[str | Policy]) -> list[Policy]:

@@ -60,10 +60,11 @@ def test_questions_of_a_page_begin_alike_and_never_hold_the_answer_of_another(wo
 def test_the_most_frequent_value_wins(world: World) -> None:
     (cell,) = (cell for cell in cells(640) if cell.task == "aggregate")
     page = cell.page(world, 7, 1)
-    turn, sentence = page.turns[0], page.turns[0].answer[:-1]            # an answer ends in </s>, a sentence does not
-    told = places_of(page.context, sentence)
+    turn = page.turns[0]
+    ending = turn.answer[:-1]                                            # ` K is V.`; an answer ends in </s>, a sentence does not
+    told = places_of(page.context, ending)
     assert len(told) == 4
-    assert len(solve("aggregate", world.speller, page.context, turn.prompt).places) == 7 * len(sentence)
+    assert len(solve("aggregate", world.speller, page.context, turn.prompt).places) == 7 * (len(ending) + 3)
     for at in told[:3]:                                                  # told once more only, it loses
-        page.context[at:at + len(sentence)] = [world.speller.eos] * len(sentence)
+        page.context[at:at + len(ending)] = [world.speller.eos] * len(ending)
     assert solve("aggregate", world.speller, page.context, turn.prompt).answer != turn.answer
