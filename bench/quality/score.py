@@ -65,7 +65,7 @@ class Row:
     device_bytes_per_token: float        # of context
     host_bytes_per_token: float
     ceiling: float                       # of whoever keeps whole answers and nothing else
-    lift: float | None                   # (share - random) / (ceiling - random); None: too narrow to say
+    lift: float | None                   # (share - random) / (ceiling - random); None: nothing is missing, or too narrow to say
     marks: str                           # one digit per answer, in order, for paired comparisons
 
     def as_json(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def row(policy: str, query_aware: bool, budget: float, task: str, length: int, w
         ppl_high=ratio_high, context=context / len(marks),
         device_bytes_per_token=sum(each.device_bytes for each in marks) / context,
         host_bytes_per_token=sum(each.host_bytes for each in marks) / context, ceiling=ceiling,
-        lift=None if ceiling - by_random < LIFT_FROM else (share - by_random) / (ceiling - by_random),
+        lift=None if budget == 1.0 or ceiling - by_random < LIFT_FROM else (share - by_random) / (ceiling - by_random),
         marks="".join(str(int(right)) for each in marks for right in each.right))
 
 
