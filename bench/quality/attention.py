@@ -99,7 +99,7 @@ class Selected:
     """Everything on the host; at each step as many rows as the budget has are brought to the device."""
 
     def __init__(self, context: Prefilled, tokens: int, choose: Choose, side_bytes: int = 0) -> None:
-        self._context, self._choose = context, choose
+        self._context, self._choose, self._tokens = context, choose, tokens
         places = tokens * sum(len(keys) for keys in context.keys)
         row_bytes = 2 * context.keys[0].shape[2] * context.keys[0].element_size()
         self.device_bytes = side_bytes + places * (row_bytes + torch.int32.itemsize)
@@ -108,6 +108,8 @@ class Selected:
     def read(self, layer: int, head: int, q: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor | None]:
         keys, values = self._context.keys[layer][head], self._context.values[layer][head]
         chosen = self._choose(layer, head, q, rows)
+        if (most := int(chosen.sum(1).max())) > self._tokens:
+            raise ValueError(f"{most} rows were chosen for one token, and the budget is {self._tokens}")
         if len(chosen) == 1:             # a decode step reads no more than it chose
             (kept,) = chosen[0].nonzero(as_tuple=True)
             return keys[kept], values[kept], None

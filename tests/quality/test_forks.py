@@ -74,6 +74,12 @@ def test_random_selection_draws_anew_for_each_token_and_the_same_again(context: 
     assert len({tuple(row.tolist()) for row in drawn[0]}) == 3
 
 
+def test_a_selector_that_takes_more_than_its_budget_is_caught(subject: Subject, context: Prefilled, turns: list[Turn]) -> None:
+    fork = Selected(context, 8, lambda layer, head, q, rows: torch.arange(context.length).expand(len(q), -1) < 9)
+    with pytest.raises(ValueError, match=r"9 rows .* budget is 8"):
+        subject.ask(context, fork, turns)
+
+
 @kinds
 def test_forks_do_not_disturb_each_other(
     kind: Callable[[], Policy], subject: Subject, context: Prefilled, turns: list[Turn],
