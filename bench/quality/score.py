@@ -18,7 +18,7 @@ from bench.quality.subject import Answered
 
 CEILING_GATE = 0.95                      # full attention must reach it, or the model does not do the task
 FLOOR_GATE = 0.20                        # random eviction at the smallest budget must not pass it, or the task needs no cache
-TEXT_GATE = 1.02                         # random eviction must make a text this much harder
+TEXT_GATE = 1.02                         # random eviction must make a text this much harder, beyond doubt
 Z = 1.96
 LIFT_FROM = 0.05                         # between random and ceiling; a smaller gap is all noise
 
@@ -126,7 +126,9 @@ def interval(counts: Sequence[tuple[int, int]], *, by_token: bool = False) -> tu
 def verdict(chance: float, full: Row, floor: Row) -> str:
     """"" when the task tells policies apart; otherwise why it does not. floor: random eviction at the smallest budget."""
     if full.task == "text":
-        return "" if floor.ppl_ratio >= TEXT_GATE else f"random eviction costs {floor.ppl_ratio - 1:.1%} of perplexity only"
+        if floor.ppl_ratio < TEXT_GATE or floor.ppl_low <= 1.0:
+            return f"random eviction makes perplexity {floor.ppl_ratio:.3f} ({floor.ppl_low:.3f} to {floor.ppl_high:.3f}) of full"
+        return ""
     if full.share < CEILING_GATE:
         return f"full attention reaches {full.share:.1%}"
     beyond_chance = (floor.share - chance) / (1 - chance)

@@ -83,5 +83,6 @@ def test_a_task_tells_only_with_full_attention_able_and_random_eviction_not() ->
     assert "still reaches 21.0%" in verdict(0.0, full, replace(full, share=0.21))
     assert verdict(4 / 7, full, replace(full, share=0.6)) == "", "a little above chance is nothing"
     text = replace(full, task="text", ppl_ratio=1.0)
-    assert verdict(0.0, text, replace(text, ppl_ratio=1.5)) == ""
-    assert "1.0%" in verdict(0.0, text, replace(text, ppl_ratio=1.01))
+    assert verdict(0.0, text, replace(text, ppl_ratio=1.5, ppl_low=1.2)) == ""
+    assert "1.010" in verdict(0.0, text, replace(text, ppl_ratio=1.01, ppl_low=1.005))
+    assert "1.500" in verdict(0.0, text, replace(text, ppl_ratio=1.5, ppl_low=0.9)), "too few pages to say"
