@@ -122,8 +122,8 @@ MUTANTS = [
            "key. It is fetched, verified, and wrong.", {SHARD + "_block_frame": block_of_the_neighbour}),
     Mutant("frames carry no checksum", "A byte of a frame flips in host memory; nobody notices.",
            {"kvstore.frame:zlib": the_checksum_is_skipped}),
-    Mutant("the checksum covers the header only", "A frame of which one payload byte flipped on the shelf passes its checksum, and "
-           "the span it fills is wrong.", {"kvstore.frame:zlib": only_the_header_is_hashed}),
+    Mutant("the checksum covers the header only", "A frame of which one payload byte flipped on the shelf passes its checksum "
+           "and the span it fills is wrong.", {"kvstore.frame:zlib": only_the_header_is_hashed}),
     Mutant("what rests in Redis is not sealed, and its checksum is not read", "Somebody flips a byte of a value in Redis; it "
            "comes back as KV.", {STORE + "decode": no_seal, "kvstore.frame:zlib": the_checksum_is_skipped}),
     Mutant("a frame is not bound to its key", "Redis gives the value of another key. It is a good frame, of another text.",
