@@ -43,13 +43,13 @@ def walk(canary: Path, redis: EmbeddedRedis) -> Iterator[Callable[..., Walk]]:
         city.stop()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_canaries_survive_bad_weather(walk, seed) -> None:
     done = walk(seed)
     done.run(60)
     done.end()
     assert done.checked > 40 and done.seen["borrowed"], done.seen
-    assert done.weather.did["late"] and done.weather.did["twice"] and done.weather.did["garbled Put"], done.weather.did
+    assert sum(done.weather.did.values()) > 10, done.weather.did
 
 
 def run_jobs_in_good_weather(walk, jobs: int) -> None:
