@@ -4,7 +4,7 @@
     cpu      fast_plan.FastPlan, PyTorch's fused op      fixed_plan.FixedPlan over the same op
     cuda     triton_attention.TritonPlan                 fixed_plan.FixedPlan over triton_attention.TritonPairs
 
-"digest" is the canary's: digest.DigestPlan, a sum over hashes of the bytes, on the cpu only (docs/decisions/0020).
+"digest" is the canary's: digest.DigestPlan, a sum over hashes of the bytes, on the cpu only (docs/decisions/0018).
 """
 
 from __future__ import annotations

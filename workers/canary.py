@@ -9,7 +9,7 @@ own KV in the layers above and its token: KV is a keyed pseudo-random function o
 whole prefix. A byte that is stale, swapped, cut off, flipped or another tenant's changes the next token but for a chance
 of one in the vocabulary, and every token after it. No arithmetic is tested here; the decoder under `bitwise` does that.
 
-A folder with `"model_type": "kvbank_canary"` is a canary (docs/decisions/0020); `write_canary` makes one. What it answers
+A folder with `"model_type": "kvbank_canary"` is a canary (docs/decisions/0018); `write_canary` makes one. What it answers
 alone, without a cache, says workers/canary_alone.py.
 """
 
