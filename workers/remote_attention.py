@@ -81,6 +81,10 @@ class _Part:
     items: list[tuple[int, int, dict[int, int]]]   # (segment number, row offset in it, span index -> uid)
     fetch: bool = False                      # K and V come here, instead of queries going there
     asked: dict[int, int] = field(default_factory=dict)   # layer -> the plan's id when that layer was asked for
+    spans: frozenset[tuple[int, int]] = field(init=False) # (item, span index) of all that is asked, for every layer's answer
+
+    def __post_init__(self) -> None:
+        self.spans = frozenset((number, index) for number, (_, _, uids) in enumerate(self.items) for index in uids)
 
     @property
     def uids(self) -> Iterable[int]:
@@ -353,8 +357,7 @@ class RemoteAttention:
         """Raises HotFormatError for an answer that does not fit what was asked: a fault there costs a replay, not a step."""
         if isinstance(answer, Layer) != part.fetch:
             raise HotFormatError("the wrong kind of answer")
-        stale = {(item, index) for item, index in answer.stale.tolist()}
-        asked = {(number, index) for number, (_, _, uids) in enumerate(part.items) for index in uids}
+        asked, stale = part.spans, frozenset((item, index) for item, index in answer.stale.tolist())
         if any(item < 0 for item, _ in stale):       # the plan was forgotten, and nothing of it computed
             stale = asked
         if not stale <= asked:
@@ -370,7 +373,7 @@ class RemoteAttention:
         if not good:
             raise HotFormatError("an answer of the wrong size")
 
-    def _covers(self, part: _Part, answer: Partial, asked: set[tuple[int, int]]) -> bool:
+    def _covers(self, part: _Part, answer: Partial, asked: frozenset[tuple[int, int]]) -> bool:
         """Every span that was asked for is in one node with the rows of its item; left out is what no row sees."""
         rows, window = [item.num_rows for item in part.plan.items], self._shape.windows[answer.layer]
         named: list[tuple[int, int]] = []
