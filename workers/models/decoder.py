@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvbank.kernels.rope import apply_rope
 from kvbank.workers.models.config_reader import ModelConfig
-from kvbank.workers.models.linear import Linear, PackedGate, PackedLinear, PlainGate, PlainLinear, can_pack
+from kvbank.workers.models.linear import Linear, PackedGate, PackedLinear, PlainGate, PlainLinear, Wide, packing
 from kvbank.workers.models.rope import RopeTable
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ class Decoder:
         """weights: as weights.load_weights gives them for the same layers. The dict is emptied on the way, so that a
         matrix which is packed or moved is never in memory twice.
         exactness "bitwise": a row's bits do not depend on the other rows, as long as the number of rows is a multiple
-        of 8 (the caller pads). The packed products keep that promise at no cost; where there are none (float16, other
-        devices) a warning says that nobody makes it."""
+        of 8 (the caller pads). The packed products keep that promise at no cost; where there are none (other
+        devices, a torch without oneDNN) a warning says that nobody makes it."""
         self.config, self.first, self.last = config, first, last
         self.num_layers = len(layers)
         self.dtype = weights["0.qkv"].dtype
@@ -122,7 +122,9 @@ class _Builder:
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], device: str) -> None:
         self._config, self._weights, self._device = config, weights, device
-        self.packed = can_pack(weights["0.qkv"].dtype, device)
+        self._dtype = weights["0.qkv"].dtype
+        self._packed_in = packing(self._dtype, device)
+        self.packed = self._packed_in is not None
 
     def layer(self, at: str) -> _Layer:
         c = self._config
@@ -145,15 +147,24 @@ class _Builder:
         if not self._config.tie_embeddings:
             return self._linear("head", None)
         assert embed is not None
-        return PackedLinear(embed, shared=True) if self.packed else PlainLinear(embed)
+        return self._fastest(embed, None, shared=True)
 
     def _linear(self, name: str, bias: str | None) -> Linear:
-        kind = PackedLinear if self.packed else PlainLinear
-        return kind(self.vector(name), self.vector(bias) if bias else None)
+        return self._fastest(self.vector(name), self.vector(bias) if bias else None)
+
+    def _fastest(self, weight: Tensor, bias: Tensor | None, *, shared: bool = False) -> Linear:
+        if self._packed_in is None:
+            return PlainLinear(weight, bias)
+        wide = weight.to(self._packed_in)
+        packed = PackedLinear(wide, bias if bias is None else bias.to(self._packed_in), shared=shared and wide is weight)
+        return packed if wide is weight else Wide(packed, self._dtype)
 
     def _gate(self, name: str) -> Callable[[Tensor], Tensor]:
-        inner = self._config.intermediate_size
-        return PackedGate(self.vector(name), inner) if self.packed else PlainGate(self._linear(name, None), inner)
+        weight, inner = self.vector(name), self._config.intermediate_size
+        if self._packed_in is None:
+            return PlainGate(PlainLinear(weight), inner)
+        packed = PackedGate(weight.to(self._packed_in), inner)
+        return packed if self._packed_in == self._dtype else Wide(packed, self._dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

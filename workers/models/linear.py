@@ -2,12 +2,15 @@
 
     plain    torch's own `linear`: any device and dtype
     packed   oneDNN inner products on weights in its blocked order, with the activation, product or sum that follows
-             done on the way out: CPU, float32 and bfloat16
+             done on the way out: CPU, float32 and, with AVX-512, bfloat16
+    wide     packed in float32 for a narrower type, its rows widened before and the result rounded once after: CPU
+             without instructions for that type, at twice the memory for weights
 
 Packed was chosen by measurement (2 cores with AVX-512, torch 2.13, 512 wide, interleaved): float32 takes 0.4 to 0.6 of
 plain's time at 8 to 512 rows, where plain runs MKL's narrower kernels, and bfloat16 0.6 at 1 to 8 rows. And from 2 rows
 on a row's bits do not depend on how many rows stand beside it, which `exactness="bitwise"` needs and a test demands.
-The packed copy replaces the plain matrix.
+The packed copy replaces the plain matrix. On a CPU without AVX-512 bfloat16 products fall back to loops that take 3 to 9
+times as long as wide ones (docs/decisions/0019).
 """
 
 from __future__ import annotations
@@ -82,6 +85,25 @@ class PackedGate:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._up.times(x, self._gate.silu(x))
+
+
+class Wide:
+    """A packed product or gate in float32 for rows of a narrower `dtype`."""
+
+    def __init__(self, inner: PackedLinear | PackedGate, dtype: torch.dtype) -> None:
+        self._inner, self._dtype = inner, dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._inner(x.float()).to(self._dtype)
+
+    def plus(self, x: Tensor, addend: Tensor) -> Tensor:
+        assert isinstance(self._inner, PackedLinear), "a gate has no sum behind it"
+        return self._inner.plus(x.float(), addend.float()).to(self._dtype)
+
+
+def packing(dtype: torch.dtype, device: str | torch.device) -> torch.dtype | None:
+    """The type in which weights of `dtype` are packed here: the same, a wider one, or None where nothing can be packed."""
+    return next((each for each in (dtype, torch.float32) if can_pack(each, device)), None)
 
 
 def can_pack(dtype: torch.dtype, device: str | torch.device) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvbank.workers.models import decoder as decoder_module
 from kvbank.workers.models.config_reader import ModelConfig, RopeSpec, read_config
 from kvbank.workers.models.decoder import Decoder, rms_norm
 from kvbank.workers.models.random_model import write_random_model
@@ -67,7 +68,7 @@ def test_shards_one_after_the_other_equal_the_whole_bit_for_bit(folder: Path, dt
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_under_bitwise_a_row_has_the_same_bits_in_any_padded_batch(
     folder: Path, dtype: str, threads: int, torch_threads: Callable[[int], None]
 ) -> None:
@@ -105,9 +106,29 @@ def test_float16_runs_too(folder: Path) -> None:
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
-def test_bitwise_without_packed_products_is_warned_about(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bitwise_without_packed_products_is_warned_about(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder_module, "packing", lambda dtype, device: None)
     build(folder, dtype="float16", exactness="bitwise")
     assert "bitwise_not_promised dtype=torch.float16" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_products_in_a_wider_type_are_those_of_plain_ones_and_no_less_exact(
+    folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, positions = tokens(read_config(folder), 24)
+
+    def logits(dtype: str, kind: torch.dtype | None) -> Tensor:
+        monkeypatch.setattr(decoder_module, "packing", lambda dtype, device: kind)
+        decoder = build(folder, dtype=dtype)
+        return decoder.logits(decoder.forward(ids, None, positions, rowwise))
+
+    exact, plain, wide = logits("float32", None), logits(dtype, None), logits(dtype, torch.float32)
+    scale = exact.abs().max()
+    assert (wide - plain).abs().max() < (0.1 if dtype == "bfloat16" else 0.02) * scale
+    assert (wide - exact).square().mean() < 1.2 * (plain - exact).square().mean()
 
 
 def test_the_decoder_takes_the_matrices_out_of_the_dict_and_keeps_one_copy(folder: Path) -> None:

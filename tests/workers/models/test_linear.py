@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvbank.workers.models.linear import PackedGate, PackedLinear, PlainGate, PlainLinear, can_pack
+from kvbank.workers.models.linear import PackedGate, PackedLinear, PlainGate, PlainLinear, Wide, can_pack, packing
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(96, 320), (352, 130), (512, 1024)]                # (in, out); 130: no multiple of any vector width
@@ -76,6 +76,30 @@ def test_a_row_of_a_packed_product_does_not_depend_on_the_number_of_rows(
     for product in (linear.plus, linear.times):
         by_eights = torch.cat([product(x[rows], factor[rows]) for rows in eights])
         assert all(torch.equal(product(x[:n], factor[:n].clone()), by_eights[:n]) for n in (16, 24, 56, 128, 264, 512))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_wide_product_is_the_exact_one_rounded_once(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(130, 96).mul_(0.1).to(dtype), torch.randn(130).to(dtype)
+    x, other = torch.randn(9, 96).to(dtype), torch.randn(9, 130).to(dtype)
+    wide = Wide(PackedLinear(weight.float(), bias.float()), dtype)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    ulp = torch.finfo(dtype).eps
+    for found, expected in ((wide(x), exact), (wide.plus(x, other), exact + other)):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=ulp, atol=1e-5)
+    gate = torch.randn(2 * 130, 96).mul_(0.1).to(dtype)
+    left, right = F.linear(x.double(), gate.double()).split(130, dim=-1)
+    found = Wide(PackedGate(gate.float(), 130), dtype)(x)
+    torch.testing.assert_close(found.double(), F.silu(left) * right, rtol=ulp, atol=1e-5)
+
+
+def test_a_type_without_packed_products_is_packed_in_a_wider_one() -> None:
+    assert packing(torch.float32, "cpu") == torch.float32
+    assert packing(torch.float16, "cpu") == torch.float32
+    assert packing(torch.bfloat16, "cpu") == (torch.bfloat16 if can_pack(torch.bfloat16, "cpu") else torch.float32)
+    assert packing(torch.float16, "cuda") is None
 
 
 def test_a_device_or_dtype_without_packed_products_is_told() -> None:
