@@ -42,7 +42,7 @@ STAGES = (
     Stage(name="pages-1k", length=1024, tokens=2_000_000, lr=2e-3, shares=PAGES, shorter=0.2),
     Stage(name="pages-2k", length=2048, tokens=4_300_000, lr=1.5e-3, shares=PAGES, shorter=0.6),
     Stage(name="pages-4k", length=4096, tokens=1_300_000, lr=1.2e-3, shares=PAGES, shorter=0.5),
-    Stage(name="all", length=4096, tokens=6_000_000, lr=1.5e-3, shares=ALL, shorter=0.75),
+    Stage(name="all", length=4096, tokens=8_000_000, lr=1.5e-3, shares=ALL, shorter=0.75),
 )
 
 
