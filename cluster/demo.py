@@ -1,8 +1,9 @@
-"""`kvbank demo`: a document too long for one worker, asked about twice, and the proof that borrowing changed nothing.
+"""`kvbank demo`: a document too long for one worker, asked for facts hidden in it, and the proof that borrowing changed
+nothing.
 
-    1. one big worker, nothing shared, answers both questions: the reference
+    1. one big worker, nothing shared, answers the questions: the reference
     2. a small cluster with lenders, a host tier and Redis answers the same; meanwhile its books are watched
-    3. tables: what was borrowed, parked, spilled and reused; receipts; whether every token is equal
+    3. tables: what was borrowed, parked, spilled and reused; receipts; whether every answer is right and every token equal
 
 The cluster runs with exactness="bitwise", so "equal" means every token and not most of them.
 """
@@ -25,12 +26,13 @@ from rich.console import Console
 import kvbank
 from kvbank.cluster.answers import Result, Status
 from kvbank.cluster.client import Client, Job
+from kvbank.cluster.planted import PLANTED, plant
 from kvbank.cluster.screen import console, receipt_view, size, table
 from kvbank.errors import InvalidRequest, KVBankError
 
 ROOT = Path(kvbank.__file__).resolve().parent.parent
-QUESTIONS = ("\n\nQuestion: who may lend to whom?\nAnswer:", "\n\nQuestion: what happens when a lender dies?\nAnswer:")
-DOCUMENT_TOKENS = 6000               # of the document are used unless told otherwise: the demo ends within 90 s
+NEEDLE = ROOT / "bench" / "needle" / "model"       # in a checkout; an installed kvbank has no trained model
+DOCUMENT_TOKENS = 4000               # of the document are used unless told otherwise: what the needle model is made for
 ANSWER_TOKENS = 24
 SPAN, BLOCK = 128, 16
 WORKERS, LENDERS = 2, 2
@@ -66,16 +68,17 @@ def run_demo(*, model: str | None, document: Path | None, launcher: str, tokens:
     began = time.monotonic()
     told = console(to_stderr=True)
     with tempfile.TemporaryDirectory(prefix="kvbank-demo-") as folder:
-        if model is None:
-            with told.status("writing a small model with random weights"):
-                model = _random_model(Path(folder) / "random-llama")
+        model = model or _own_model(Path(folder), told)
         prompts, source = _prompts(model, document, tokens)
         reference = _reference(model, prompts, told)
         outcome = _cluster(model, prompts, launcher, told)
     answers: list[Result] = outcome.pop("answers")
+    planted = [{"question": each.question, "wanted": each.wanted, "answer": answer.text.strip(), "right": each.is_in(answer.text)}
+               for each, answer in zip(PLANTED, answers, strict=True)]
     equal = [ours.token_ids == theirs.token_ids for ours, theirs in zip(answers, reference, strict=True)]
     outcome |= {
         "model": Path(model).name, "document": source, "launcher": launcher,
+        "planted": planted, "right": sum(each["right"] for each in planted),
         "questions": [asdict(answer) for answer in answers], "reference": [asdict(answer) for answer in reference],
         "equal": all(equal), "tokens_compared": sum(len(answer.token_ids) for answer in answers),
         "seconds": round(time.monotonic() - began, 1),
@@ -89,28 +92,35 @@ def run_demo(*, model: str | None, document: Path | None, launcher: str, tokens:
 
 # -- what is asked -----------------------------------------------------------------------------------------------------
 
-def _random_model(folder: Path) -> str:
+def _own_model(folder: Path, told: Console) -> str:
+    """The needle model of the checkout; where there is none, one with random weights, which answers nonsense."""
     from kvbank.workers.models.random_model import write_random_model
 
-    return str(write_random_model(folder, hidden_size=128, num_layers=4, heads=4, kv_heads=2))
+    if (NEEDLE / "model.safetensors").is_file():
+        return str(NEEDLE)
+    told.print("no trained model here (a checkout has one in bench/needle/model): random weights answer, and never rightly")
+    return str(write_random_model(folder / "random-llama", hidden_size=128, num_layers=4, heads=4, kv_heads=2))
 
 
 def _prompts(model: str, document: Path | None, limit: int) -> tuple[list[list[int]], dict[str, Any]]:
-    """The document and each question, as tokens of this model."""
+    """The document with its planted facts, and each question behind it, as tokens of this model."""
     from kvbank.workers.models.config_reader import read_config
     from kvbank.workers.models.tokenizer import load_tokenizer
 
     text, name = _document(document)
     tokenizer = load_tokenizer(model)
-    ids = list(tokenizer.encode(text).ids)
-    endings = [list(tokenizer.encode(question, add_special_tokens=False).ids) for question in QUESTIONS]
-    room = read_config(model).max_position - ANSWER_TOKENS - max(map(len, endings))
-    kept = ids[:min(room, limit or DOCUMENT_TOKENS)]
-    if len(kept) < 12 * SPAN:
+    encoding = tokenizer.encode(text)
+    endings = [list(tokenizer.encode(each.prompt, add_special_tokens=False).ids) for each in PLANTED]
+    facts = len(tokenizer.encode(plant(""), add_special_tokens=False).ids)
+    room = read_config(model).max_position - ANSWER_TOKENS - max(map(len, endings)) - 2 * facts
+    used = min(room, limit or DOCUMENT_TOKENS, len(encoding.ids))
+    if used < 12 * SPAN:
         raise InvalidRequest(
-            f"the document has {len(ids)} tokens and {len(kept)} may be used; the demo needs at least {12 * SPAN}"
+            f"the document has {len(encoding.ids)} tokens and {used} may be used; the demo needs at least {12 * SPAN}"
         )
-    return [kept + ending for ending in endings], {"source": name, "tokens": len(ids), "used": len(kept)}
+    document_ids = list(tokenizer.encode(plant(text[:encoding.offsets[used - 1][1]])).ids)
+    return [document_ids + ending for ending in endings], {
+        "source": name, "tokens": len(encoding.ids), "used": len(document_ids)}
 
 
 def _document(path: Path | None) -> tuple[str, str]:
@@ -150,7 +160,7 @@ def _cluster(model: str, prompts: list[list[int]], launcher: str, told: Console)
     from kvbank.cluster.launcher import LocalCluster
 
     spans = math.ceil((max(map(len, prompts)) + ANSWER_TOKENS) / SPAN)
-    own = max(3, spans // 4)                         # a quarter fits a worker; with all it may borrow it is not enough
+    own = max(3, math.ceil(spans / 4))               # a quarter fits a worker; with all it may borrow it is not enough
     host_bytes = _span_bytes(model) * max(4, spans // 3)
     with (
         told.status("the bank: starting") as shown,
@@ -237,13 +247,17 @@ def _show(outcome: dict[str, Any], answers: list[Result], reference: list[Result
     out.print()
     out.print(table("tiers", ("tier", "state", "bytes at most", "limit", "frames", "put", "hits", "evicted"), tiers,
                     right=2))
-    for number, answer in enumerate(answers, 1):
+    for number in (1, len(answers)):
         out.print()
-        out.print(receipt_view(answer.receipt, f"question {number}"))
-    first, second = answers[0].receipt, answers[-1].receipt
+        out.print(receipt_view(answers[number - 1].receipt, f"question {number}"))
     out.print()
-    out.print(f"The second question computed {second.computed_tokens} tokens where the first computed "
-              f"{first.computed_tokens}; its first token came after {second.ttft_s:.2f} s instead of "
+    asked = [(each["question"], each["answer"], each["wanted"], "[green]right[/]" if each["right"] else "[red]wrong[/]")
+             for each in outcome["planted"]]
+    out.print(table("facts planted in the document", ("question", "answer", "planted", ""), asked, right=4))
+    first, last = answers[0].receipt, answers[-1].receipt
+    out.print()
+    out.print(f"The last question computed {last.computed_tokens} tokens where the first computed "
+              f"{first.computed_tokens}; its first token came after {last.ttft_s:.2f} s instead of "
               f"{first.ttft_s:.2f} s.")
     if outcome["equal"]:
         out.print(f"[green]All {outcome['tokens_compared']} tokens equal those of one big worker.[/] "

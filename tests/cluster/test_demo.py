@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from bench.needle.words import is_held_out
 from kvbank.cluster import cli, demo
 from kvbank.cluster.answers import LoanStatus, Status, TierStatus, WorkerStatus
+from kvbank.cluster.planted import PLANTED, plant
 from kvbank.errors import InvalidRequest
+from kvbank.workers.models.config_reader import read_config
 from kvbank.workers.models.random_model import write_random_model
 
 
@@ -18,10 +22,46 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_random_model(tmp_path_factory.mktemp("model"), hidden_size=32, num_layers=1, heads=2, kv_heads=1))
 
 
-def test_both_questions_share_the_document_and_nothing_after_it(model: str) -> None:
-    (first, second), told = demo._prompts(model, None, 2000)
-    assert first[:2000] == second[:2000] and first[2000:] != second[2000:] and told["used"] == 2000
-    assert told["source"] == "this project's documentation" and told["tokens"] > 2000
+def test_all_questions_share_the_document_and_nothing_after_it(model: str) -> None:
+    prompts, told = demo._prompts(model, None, 2000)
+    used = told["used"]
+    assert len(prompts) == len(PLANTED) == 4
+    assert all(prompt[:used] == prompts[0][:used] for prompt in prompts)
+    assert len({tuple(prompt[used:]) for prompt in prompts}) == 4
+    assert told["source"] == "this project's documentation" and 2000 < used < told["tokens"]
+
+
+def test_a_document_and_its_questions_fill_the_model_and_no_more() -> None:
+    needle = str(demo.NEEDLE)
+    room = read_config(needle).max_position
+    prompts, _ = demo._prompts(needle, None, 10**9)
+    assert room - 400 < max(map(len, prompts)) + demo.ANSWER_TOKENS <= room
+
+
+def test_facts_stand_on_lines_of_their_own_where_they_were_planted() -> None:
+    lines = [f"line {number:04d}\n" for number in range(1000)]
+    planted = plant("".join(lines)).splitlines(keepends=True)
+    told = {f" {sentence}\n": depth for each in PLANTED for depth, sentence in each.told}
+    assert [line for line in planted if line not in told] == lines
+    for line, depth in told.items():
+        assert abs(planted.index(line) / len(planted) - depth) < 0.01
+    assert sorted(plant("")) == sorted("".join(told))
+
+
+def test_an_answer_with_another_number_or_with_all_of_them_is_wrong() -> None:
+    first, second = PLANTED[:2]
+    assert first.is_in(f"quiet bridge is {first.wanted}.")
+    assert not first.is_in("quiet bridge is 1234.") and not first.is_in("")
+    assert not first.is_in(f"it is {first.wanted} or {second.wanted}")
+
+
+def test_names_and_numbers_were_held_out_of_training_and_nothing_else_in_the_pages_has_them() -> None:
+    pages, _ = demo._document(None)
+    for each in PLANTED:
+        assert is_held_out(each.wanted) and each.wanted not in pages
+        for _, sentence in each.told:
+            (key, *more) = re.findall(r"(?:of|Set|=) ([a-z]+ [a-z]+)", sentence)
+            assert all(map(is_held_out, (key, *more))), sentence
 
 
 def test_a_document_that_would_not_need_neighbours_is_refused(model: str, tmp_path: Path) -> None:
@@ -45,13 +85,13 @@ def test_peaks_keep_the_highest_of_each(model: str) -> None:
     assert peaks.loans["1"]["blocks"] == 24 and peaks.looks == 3
 
 
-@pytest.mark.slow
 def test_the_demo_borrows_reuses_and_proves_its_tokens_equal(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert cli.main(["demo", "--json", "--launcher", "process", "--tokens", "1600"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["equal"] and told["tokens_compared"] == 2 * demo.ANSWER_TOKENS
+    assert told["equal"] and told["tokens_compared"] >= 4 * 6
+    assert told["right"] == 4, told["planted"]
     assert told["borrowed_blocks_peak"] > 0 and sum(told["peaks"]["lent"].values()) > 0
-    first, second = (question["receipt"] for question in told["questions"])
-    assert first["lenders"] and sum(second["reused"].values()) > 0
-    assert second["computed_tokens"] < first["computed_tokens"]
+    first, *rest = (question["receipt"] for question in told["questions"])
+    assert first["lenders"] and all(sum(each["reused"].values()) > 0 for each in rest)
+    assert all(each["computed_tokens"] < first["computed_tokens"] / 4 for each in rest)
