@@ -73,11 +73,13 @@ def run_demo(*, model: str | None, document: Path | None, launcher: str, tokens:
         reference = _reference(model, prompts, told)
         outcome = _cluster(model, prompts, launcher, told)
     answers: list[Result] = outcome.pop("answers")
-    planted = [{"question": each.question, "wanted": each.wanted, "answer": answer.text.strip(), "right": each.is_in(answer.text)}
-               for each, answer in zip(PLANTED, answers, strict=True)]
+    planted: list[dict[str, Any]] = [
+        {"question": each.question, "wanted": each.wanted, "answer": answer.text.strip(), "right": each.is_in(answer.text)}
+        for each, answer in zip(PLANTED, answers, strict=True)
+    ]
     equal = [ours.token_ids == theirs.token_ids for ours, theirs in zip(answers, reference, strict=True)]
     outcome |= {
-        "model": Path(model).name, "document": source, "launcher": launcher,
+        "model": "needle" if model == str(NEEDLE) else Path(model).name, "document": source, "launcher": launcher,
         "planted": planted, "right": sum(each["right"] for each in planted),
         "questions": [asdict(answer) for answer in answers], "reference": [asdict(answer) for answer in reference],
         "equal": all(equal), "tokens_compared": sum(len(answer.token_ids) for answer in answers),
