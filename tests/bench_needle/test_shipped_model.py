@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,11 +13,12 @@ from bench.needle import export, tasks
 from bench.needle.model import Llama
 from bench.needle.sample import Sample
 from bench.needle.tasks import World
-from kvbank.workers.models.config_reader import read_config
-from kvbank.workers.models.decoder import Decoder
+from kvbank.workers.assembly import build_engine
+from kvbank.workers.config import WorkerConfig
 from kvbank.workers.models.tokenizer import load_tokenizer
-from kvbank.workers.weights import load_weights
+from kvbank.workers.sequence import JobSpec
 from tests.bench_needle.conftest import MODEL
+from tests.workers.conftest import run
 
 PROMPTS = 50
 ANSWER = 24
@@ -30,18 +30,14 @@ class Prompt(NamedTuple):
 
 
 class Shipped(NamedTuple):
-    ours: Decoder
     theirs: transformers.PreTrainedModel
     trained: Llama
 
 
 @pytest.fixture(scope="module")
 def shipped() -> Shipped:
-    config = read_config(MODEL)
-    layers = range(config.num_layers)
-    ours = Decoder(config, load_weights(MODEL, config, layers, first=True, last=True, dtype="float32"), layers, True, True)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    return Shipped(ours, theirs, export.read_model(MODEL))
+    return Shipped(theirs, export.read_model(MODEL))
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +53,13 @@ def prompts(world: World) -> list[Prompt]:
     return drawn
 
 
+@pytest.fixture(scope="module")
+def answers(shipped: Shipped, prompts: list[Prompt]) -> list[list[int]]:
+    """What transformers generates."""
+    return [shipped.theirs.generate(prompt.ids[None], max_new_tokens=ANSWER, do_sample=False)[0, len(prompt.ids):].tolist()
+            for prompt in prompts]
+
+
 def one_needle(world: World, rng: Random, length: int) -> Sample:
     return tasks.needle(world, rng, length, facts=3)
 
@@ -69,24 +72,19 @@ def one_chain(world: World, rng: Random, length: int) -> Sample:
     return tasks.track(world, rng, length, chains=1, hops=2)
 
 
-@torch.inference_mode()
 def test_greedy_tokens_of_fifty_prompts_are_those_of_transformers(
-    shipped: Shipped, prompts: list[Prompt], dense_attention: Callable[..., Any]
+    prompts: list[Prompt], answers: list[list[int]]
 ) -> None:
-    for prompt in prompts:
-        whole = shipped.theirs.generate(prompt.ids[None], max_new_tokens=ANSWER, do_sample=False)[0]
-        positions = torch.arange(len(whole))
-        hidden = shipped.ours.forward(whole, None, positions, dense_attention(shipped.ours.config, positions))
-        chosen = shipped.ours.logits(hidden).argmax(-1)[len(prompt.ids) - 1: -1]
-        assert chosen.tolist() == whole[len(prompt.ids):].tolist()
+    """All fifty at once through the engine, to the end of each answer."""
+    engine = build_engine(WorkerConfig(model=str(MODEL), device_blocks=4096))
+    ran = run(engine, *(JobSpec(id=str(number), prompt=prompt.ids.tolist(), max_tokens=ANSWER)
+                        for number, prompt in enumerate(prompts)))
+    assert not ran.errors
+    assert [ran.tokens[str(number)] for number in range(len(prompts))] == answers
 
 
-@torch.inference_mode()
-def test_the_answers_are_right(shipped: Shipped, prompts: list[Prompt]) -> None:
-    right = 0
-    for prompt in prompts:
-        whole = shipped.theirs.generate(prompt.ids[None], max_new_tokens=ANSWER, do_sample=False)[0]
-        right += whole[len(prompt.ids):].tolist() == prompt.answer
+def test_the_answers_are_right(prompts: list[Prompt], answers: list[list[int]]) -> None:
+    right = sum(answer == prompt.answer for answer, prompt in zip(answers, prompts, strict=True))
     assert right >= 0.9 * len(prompts)
 
 

@@ -4,7 +4,8 @@ Each row runs a job in its own way. Under bitwise its tokens and final logits ar
 logits agree within 1e-4 and so do the tokens. And each row can fail: the same run with one span zeroed, the keys of two swapped,
 keys shifted by one position, or a partial dropped, moves the final logits by more than 1e-2.
 
-The canary runs through the same rows, and is compared with what it answers alone, without any cache.
+The canary runs through the same rows, and is compared with what it answers alone, without any cache. So does the needle model,
+whose answer is also the right one in every row, and a wrong one where the span that holds it is gone.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from typing import Any
 import pytest
 import torch
 
+from kvbank.cluster.planted import PLANTED, plant
 from kvbank.kvstore.config import StoreConfig
 from kvbank.kvstore.span_table import HOST, LOCAL, REMOTE
 from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis
 from kvbank.workers.assembly import build_engine
 from kvbank.workers.canary_alone import CanaryAlone
 from kvbank.workers.config import WorkerConfig
+from kvbank.workers.models.tokenizer import load_tokenizer
 from kvbank.workers.sequence import JobSpec
 
+ROOT = Path(__file__).resolve().parent.parent.parent
+NEEDLE = ROOT / "bench" / "needle" / "model"
 SECRET = b"s" * 32
 OUTPUTS = 16
 SABOTAGE_AFTER = 6                     # outputs before the saboteur strikes
@@ -250,6 +255,58 @@ def test_every_row_can_fail(rows, run_jobs, place, what) -> None:
     got = scene.run(strike)
     assert struck, "the saboteur never struck"
     assert (got.logits["a"] - want.logits["a"]).abs().max() > 1e-2
+
+
+# -- the needle model ---------------------------------------------------------------------------------------------------------
+
+def question_about(fact: int, length: int) -> list[int]:
+    """`length` tokens of the licence with a planted fact in its second span, and the question."""
+    tokenizer, told = load_tokenizer(str(NEEDLE)), PLANTED[fact]
+    ending = tokenizer.encode(told.prompt, add_special_tokens=False).ids
+    return [*tokenizer.encode(plant((ROOT / "LICENSE").read_text()[:3000])).ids[: length - len(ending)], *ending]
+
+
+def answered(tokens: list[int]) -> str:
+    return str(load_tokenizer(str(NEEDLE)).decode(tokens))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("exactness", ["bitwise", "fast"])
+def test_every_place_gives_the_right_answer_of_the_needle_model(rows, run_jobs, exactness, place) -> None:
+    build = rows(model=NEEDLE, exactness=exactness)
+    build.text = question_about(0, 1150)
+    want = run_jobs(build.engine(), build.job())
+    scene = PLACES[place](build)
+    got = scene.run(None)
+    assert not got.errors
+    assert got.tokens["a"] == want.tokens["a"]
+    assert PLANTED[0].is_in(answered(got.tokens["a"]))
+    if exactness == "bitwise":
+        assert torch.equal(got.logits["a"], want.logits["a"])
+    else:
+        assert (got.logits["a"] - want.logits["a"]).abs().max() < 1e-4
+    proof = PROOF.get(place)
+    assert proof is None or proof(scene, got.tally["a"]), f"the row was not what it says: {got.tally['a']}"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_needle_model_answers_wrongly_when_the_span_with_the_fact_is_gone(rows, place) -> None:
+    build = rows(model=NEEDLE)
+    build.text = question_about(0, 1150)
+    told = load_tokenizer(str(NEEDLE)).encode(f" {PLANTED[0].wanted}", add_special_tokens=False).ids
+    (at,) = (i for i in range(len(build.text)) if build.text[i : i + len(told)] == told)
+    scene, struck = PLACES[place](build), []
+
+    def strike() -> None:
+        running = [s for s in scene.engine.jobs() if s.job.id == "a" and s.num_output >= 1 and s.state == "running"]
+        if running and not struck:
+            (span,) = (span for index, span in running[0].table.live() if index == at // 128)
+            struck.append(True)
+            write_back(scene, span, torch.zeros_like(bytes_of(scene, span)))
+
+    got = scene.run(strike)
+    assert struck, "the saboteur never struck"
+    assert not PLANTED[0].is_in(answered(got.tokens["a"]))
 
 
 # -- the canary ---------------------------------------------------------------------------------------------------------------
