@@ -143,7 +143,8 @@ class Reader:
         self._keys: list[Tensor | None] = [None] * layers        # [R so far, kv_heads, d]
         self._values: list[Tensor | None] = [None] * layers
         self._seen: Rows | None = None
-        self.queries: list[Tensor] = []                          # [R, heads, d] of the last forward, by layer
+        self.queries: list[Tensor] = []                          # [R, heads, d] of the last forward, by layer,
+        self.outputs: list[Tensor] = []                          # and what attention made of them
 
     def begin(self, rows: Rows) -> None:
         self._new, before = rows, self._seen
@@ -151,7 +152,7 @@ class Reader:
             torch.cat((before.positions, rows.positions)), torch.cat((before.turn, rows.turn)))
         own = (rows.turn[:, None] == self._seen.turn) & (rows.positions[:, None] >= self._seen.positions)
         self._hidden = ~own
-        self.queries = []
+        self.queries, self.outputs = [], []
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         before_k, before_v = self._keys[layer], self._values[layer]
@@ -162,7 +163,8 @@ class Reader:
         group = q.shape[1] // k.shape[1]
         heads = [self._head(layer, head, q[:, head * group:(head + 1) * group], k[:, head], v[:, head])
                  for head in range(k.shape[1])]
-        return torch.cat(heads, dim=1)
+        self.outputs.append(torch.cat(heads, dim=1))
+        return self.outputs[-1]
 
     def _head(self, layer: int, head: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [R, g, d] over the fork's rows and the questions' own, k and v [R so far, d]."""

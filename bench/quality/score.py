@@ -31,6 +31,7 @@ class Mark:
     kl: float                            # mean over the answers' tokens, in nats
     agree: float                         # share of them whose first choice is full attention's
     nll: float                           # mean surprise at the right token, in nats
+    output_error: list[float]            # by layer: how far attention's output is from full attention's, mean of |a - b| / |b|
     tokens: int                          # of answers
     context: int                         # tokens
     kept: int                            # of them, by the budget
@@ -57,6 +58,7 @@ class Row:
     high: float
     kl: float
     agree: float
+    output_error: list[float]            # by layer
     ppl: float
     ppl_ratio: float                     # over full attention's, with its interval
     ppl_low: float
@@ -69,7 +71,8 @@ class Row:
     marks: str                           # one digit per answer, in order, for paired comparisons
 
     def as_json(self) -> dict[str, Any]:
-        return {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(self).items()}
+        return {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(self).items()} | {
+            "output_error": [round(error, 6) for error in self.output_error]}
 
 
 def mark(full: Answered, answered: Answered, *, by_token: bool, context: int, kept: int, needed: int, device_bytes: float,
@@ -77,11 +80,12 @@ def mark(full: Answered, answered: Answered, *, by_token: bool, context: int, ke
     """Both answer the same turns in the same order."""
     wanted, found = full.logits.log_softmax(-1), answered.logits.log_softmax(-1)
     hit = answered.logits.argmax(-1) == answered.target
+    apart = (answered.attended - full.attended).norm(dim=-1) / full.attended.norm(dim=-1)
     right = hit.tolist() if by_token else [bool(hit[answered.turn == turn].all()) for turn in answered.turn.unique()]
     return Mark(
         right=right, kl=float((wanted.exp() * (wanted - found)).sum(-1).mean()),
         agree=float((full.logits.argmax(-1) == answered.logits.argmax(-1)).float().mean()),
-        nll=float(-found.gather(1, answered.target[:, None]).mean()), tokens=len(hit), context=context, kept=kept,
+        nll=float(-found.gather(1, answered.target[:, None]).mean()), output_error=apart.mean(1).tolist(), tokens=len(hit), context=context, kept=kept,
         needed=needed, device_bytes=device_bytes, host_bytes=host_bytes)
 
 
@@ -98,6 +102,7 @@ def row(policy: str, query_aware: bool, budget: float, task: str, length: int, w
         policy=policy, query_aware=query_aware, budget=budget, task=task, length=length, where=where, pages=len(marks),
         right=sum(sum(each.right) for each in marks), of=sum(len(each.right) for each in marks), share=share, low=low, high=high,
         kl=_mean(tokens, [each.kl for each in marks]), agree=_mean(tokens, [each.agree for each in marks]),
+        output_error=[_mean(tokens, list(layer)) for layer in zip(*(each.output_error for each in marks), strict=True)],
         ppl=math.exp(min(50.0, _mean(tokens, [each.nll for each in marks]))), ppl_ratio=ratio, ppl_low=ratio_low,
         ppl_high=ratio_high, context=context / len(marks),
         device_bytes_per_token=sum(each.device_bytes for each in marks) / context,

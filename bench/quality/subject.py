@@ -35,6 +35,7 @@ class Answered:
     logits: Tensor                       # [S, vocab] float32, before the token was said
     target: Tensor                       # [S] what should be said
     turn: Tensor                         # [S]
+    attended: Tensor                     # [layers, S, heads * d]: what attention gave in the forward that made the logits
     asked: list[Tensor]                  # by layer, queries [R, heads, d] of all rows
     asked_turn: Tensor                   # [R] the turn of a row that belongs to a question; -1: to an answer
 
@@ -46,7 +47,7 @@ class Answered:
     def joined(each: list[Answered]) -> Answered:
         """Turns that were asked apart, in one piece and without their queries."""
         logits, target, turn = (torch.cat([getattr(one, name) for one in each]) for name in ("logits", "target", "turn"))
-        return Answered(logits, target, turn, [], turn)
+        return Answered(logits, target, turn, torch.cat([one.attended for one in each], dim=1), [], turn)
 
 
 class Subject:
@@ -82,7 +83,8 @@ class Subject:
         reader.begin(rows)
         hidden = self.decoder.forward(torch.tensor(ids), None, rows.positions, reader)
         in_prompt = torch.cat([torch.arange(len(turn.prompt) + len(turn.answer) - 1) < len(turn.prompt) for turn in turns])
-        return Answered(self.decoder.logits(hidden[at]), torch.tensor(target), rows.turn[at], reader.queries,
+        attended = torch.stack([output[at].flatten(1) for output in reader.outputs])
+        return Answered(self.decoder.logits(hidden[at]), torch.tensor(target), rows.turn[at], attended, reader.queries,
                         rows.turn.masked_fill(~in_prompt, -1))
 
     def decode(self, context: Prefilled, fork: Fork, prompt: list[int], steps: int) -> tuple[list[int], list[float]]:

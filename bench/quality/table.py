@@ -39,8 +39,8 @@ def _group(results: dict[str, Any], tasks: list[str], names: list[str]) -> list[
     """By falling budget; full attention first, then the controls in their order. Starred: not discriminative."""
     titles = [("×ppl " if task == TEXT else "") + task + ("\\*" if results["tasks"][task]["not_discriminative"] else "")
               for task in tasks]
-    lines = [f"| budget | policy | device B/token | host B/token | {' | '.join(titles)} | lift | KL | top-1 | decode tok/s |",
-             "|---" * (len(titles) + 8) + "|"]
+    lines = [f"| budget | policy | device B/token | host B/token | {' | '.join(titles)} | lift | KL | top-1 | output error | decode tok/s |",
+             "|---" * (len(titles) + 9) + "|"]
     for budget in sorted({1.0, *results["config"]["budgets"]}, reverse=True):
         for name in names:
             rows = [row for row in results["rows"] if row["policy"] == name and row["budget"] == budget]
@@ -56,7 +56,8 @@ def _line(results: dict[str, Any], rows: list[dict[str, Any]], name: str, budget
     speed = results["speed"].get(name, {}).get(f"{budget:g}")
     return (f"| {budget:.2%} | {name} | {mean([row['device_bytes_per_token'] for row in rows]):.0f} | "
             f"{mean([row['host_bytes_per_token'] for row in rows]):.0f} | {' | '.join(_cell(row) for row in rows)} | {lift} | "
-            f"{mean([row['kl'] for row in rows]):.3g} | {mean([row['agree'] for row in rows]):.1%} | {speed or ''} |")
+            f"{mean([row['kl'] for row in rows]):.3g} | {mean([row['agree'] for row in rows]):.1%} | "
+            f"{mean([mean(row['output_error']) for row in rows]):.3g} | {speed or ''} |")
 
 
 def _cell(row: dict[str, Any]) -> str:

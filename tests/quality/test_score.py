@@ -12,7 +12,7 @@ from bench.needle.evaluate import wilson
 from bench.quality.score import Mark, Row, interval, mark, row, verdict
 from bench.quality.subject import Answered
 
-MARK = Mark(right=[True, False], kl=0.5, agree=0.5, nll=1.0, tokens=8, context=100, kept=25, needed=50, device_bytes=400.0,
+MARK = Mark(right=[True, False], kl=0.5, agree=0.5, nll=1.0, output_error=[0.25, 0.5], tokens=8, context=100, kept=25, needed=50, device_bytes=400.0,
             host_bytes=0.0)
 
 
@@ -42,9 +42,10 @@ def test_tokens_that_are_all_right_count_as_their_pages() -> None:
     assert interval([(16, 16)] * 32)[1] == pytest.approx(wilson(512, 512)[0])
 
 
-def answered(logits: torch.Tensor) -> Answered:
+def answered(logits: torch.Tensor, attended: torch.Tensor | None = None) -> Answered:
     """Two turns, of two tokens and of one, that should be 0, 1 and 2."""
-    return Answered(logits, torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), [], torch.tensor([]))
+    return Answered(logits, torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]),
+                    torch.ones(2, 3, 4) if attended is None else attended, [], torch.tensor([]))
 
 
 def test_a_mark_is_right_by_whole_answers_and_counts_distance_by_token() -> None:
@@ -60,6 +61,18 @@ def test_a_mark_is_right_by_whole_answers_and_counts_distance_by_token() -> None
     assert missed.kl == pytest.approx((large * 5 - (1 - large) / 2 * 5) / 3, rel=1e-4)
     assert missed.nll == pytest.approx((-2 * math.log(large) - math.log((1 - large) / 2)) / 3, rel=1e-4)
     assert mark(answered(good), answered(other), by_token=True, **facts).right == [True, False, True]
+
+
+def test_the_output_error_is_relative_and_told_layer_by_layer() -> None:
+    logits, full = torch.eye(3), torch.ones(2, 3, 4)
+    other = full.clone()
+    other[0, 2] = 0.0                                                    # all of one token in the first layer
+    other[1, :, 0] = 2.0                                                 # in the second one coordinate of four, of every token
+    found = mark(answered(logits, full), answered(logits, other), by_token=False, context=9, kept=9, needed=0,
+                 device_bytes=1.0, host_bytes=0.0)
+    assert found.output_error == pytest.approx([1 / 3, 1 / 2])
+    assert made([MARK, replace(MARK, output_error=[0.5, 0.0], tokens=24)], [MARK] * 2).output_error == pytest.approx(
+        [(0.25 + 3 * 0.5) / 4, 0.125])
 
 
 def made(marks: list[Mark], random: list[Mark], task: str = "recall") -> Row:
