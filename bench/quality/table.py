@@ -39,7 +39,8 @@ def _group(results: dict[str, Any], tasks: list[str], names: list[str]) -> list[
     """By falling budget; full attention first, then the controls in their order. Starred: not discriminative."""
     titles = [("×ppl " if task == TEXT else "") + task + ("\\*" if results["tasks"][task]["not_discriminative"] else "")
               for task in tasks]
-    lines = [f"| budget | policy | device B/token | host B/token | {' | '.join(titles)} | lift | KL | top-1 | output error | decode tok/s |",
+    lines = [f"| budget | policy | device B/token | host B/token | {' | '.join(titles)} | lift | KL | top-1 | output error "
+             "| decode tok/s |",
              "|---" * (len(titles) + 9) + "|"]
     for budget in sorted({1.0, *results["config"]["budgets"]}, reverse=True):
         for name in names:

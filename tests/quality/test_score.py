@@ -12,8 +12,8 @@ from bench.needle.evaluate import wilson
 from bench.quality.score import Mark, Row, interval, mark, row, verdict
 from bench.quality.subject import Answered
 
-MARK = Mark(right=[True, False], kl=0.5, agree=0.5, nll=1.0, output_error=[0.25, 0.5], tokens=8, context=100, kept=25, needed=50, device_bytes=400.0,
-            host_bytes=0.0)
+MARK = Mark(right=[True, False], kl=0.5, agree=0.5, nll=1.0, output_error=[0.25, 0.5], tokens=8, context=100,
+            kept=25, needed=50, device_bytes=400.0, host_bytes=0.0)
 
 
 @pytest.mark.parametrize(("right", "of", "low", "high"), [

@@ -74,7 +74,7 @@ def test_all_policies_get_the_same_pages_and_equal_ones_the_same_numbers(results
         if budget == 1.0:
             assert row["kl"] == 0.0 and row["agree"] == 1.0 and row["marks"] == full["marks"] and max(row["output_error"]) < 1e-4
         else:
-            assert row["kl"] > 1e-4 and min(row["output_error"]) > 1e-4, "something is missing, and that is seen"
+            assert row["kl"] > 1e-4 and max(row["output_error"]) > 1e-4, "something is missing, and that is seen"
         if name == "last-tokens":
             assert row | {"policy": "recent-window"} == rows[task, "recent-window", budget]
     for name, apart in results.identity.items():
