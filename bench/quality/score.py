@@ -86,7 +86,8 @@ def mark(full: Answered, answered: Answered, *, by_token: bool, context: int, ke
         right=right, kl=float((wanted.exp() * (wanted - found)).sum(-1).mean()),
         agree=float((full.logits.argmax(-1) == answered.logits.argmax(-1)).float().mean()),
         nll=float(-found.gather(1, answered.target[:, None]).mean()),
-        output_error=apart.mean(1).tolist(), tokens=len(hit), context=context, kept=kept, needed=needed, device_bytes=device_bytes, host_bytes=host_bytes)
+        output_error=apart.mean(1).tolist(), tokens=len(hit), context=context, kept=kept, needed=needed,
+        device_bytes=device_bytes, host_bytes=host_bytes)
 
 
 def row(policy: str, query_aware: bool, budget: float, task: str, length: int, where: dict[str, Any], marks: Sequence[Mark],
