@@ -17,7 +17,7 @@ from kvbank.workers.models.random_model import write_random_model
 TOKENS = 400                         # long enough that the fault finds the job at work, however slow this process is
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_the_successor_of_a_killed_worker_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     model = write_random_model(tmp_path / "model", hidden_size=64, num_layers=4, heads=4, kv_heads=2)

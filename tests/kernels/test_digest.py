@@ -67,7 +67,7 @@ def test_parts_merge_to_the_whole_in_any_order_and_grouping() -> None:
     assert not torch.equal(merge_digest([*parts, parts[0]])[0], whole[0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [DTYPES[0], *(pytest.param(each, marks=pytest.mark.slow) for each in DTYPES[1:])], ids=str)
 def test_every_single_bit_of_every_visible_byte_counts_and_no_other(dtype) -> None:
     kv = random_bytes(5, 2, 2, 1, SPAN, 16, dtype=dtype)
     segments = [Segment(0, torch.tensor([SPAN + 2]), ((0, 1), (1, 0)))]

@@ -67,9 +67,10 @@ def test_a_worker_gives_its_own_memory_to_an_older_job_elsewhere(town, alone, ru
     assert got == want
 
 
-@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(100, 120))])
+@pytest.mark.parametrize("seed", [0, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, *range(100, 120)))])
 def test_a_walk_in_which_memory_is_always_short(town, alone, run_jobs, prompt, seed) -> None:
-    """No job is refused, none stalls, none gets a wrong token, and nothing is left lent."""
+    """No job is refused, none stalls, none gets a wrong token, and nothing is left lent. With the product's own stall_s: on a
+    busy machine the whole walk takes 30 s."""
     rng = random.Random(seed)
     jobs: dict[int, list[JobSpec]] = {0: [], 1: [], 2: []}
     for number in range(9):
@@ -77,7 +78,7 @@ def test_a_walk_in_which_memory_is_always_short(town, alone, run_jobs, prompt, s
         jobs[rng.randrange(3)].append(job(f"j{number}", prompt(length, number), float(number), rng.choice((2, 12, 30))))
     everything = [one for some in jobs.values() for one in some]
     want = {one.id: run_jobs(alone(exactness="bitwise"), one).tokens[one.id] for one in everything}
-    bank = town(replicas=3, lenders=1, device_blocks=64, lender_blocks=96, **QUICK)
+    bank = town(replicas=3, lenders=1, device_blocks=64, lender_blocks=96, **{**QUICK, "stall_s": 30.0})
     got, failed = drive(bank, jobs, within_s=200.0)
     assert not failed, failed
     assert got == want

@@ -22,7 +22,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_canary(tmp_path_factory.mktemp("canary"))
 
 
-@pytest.mark.parametrize(("exactness", "dtype", "shards"), [("fast", "float32", 1), ("bitwise", "bfloat16", 2)])
+@pytest.mark.parametrize(("exactness", "dtype", "shards"), [
+    pytest.param("fast", "float32", 1, marks=pytest.mark.slow), ("bitwise", "bfloat16", 2)])
 def test_a_cluster_of_canaries_answers_what_each_answers_alone(cluster, folder, quiet, exactness, dtype, shards) -> None:
     town = cluster(model=str(folder), workers=2, lenders=2, shards=shards, device_blocks=48, lender_blocks=48, dtype=dtype,
                    exactness=exactness, host_bytes="2MiB", redis="embedded")

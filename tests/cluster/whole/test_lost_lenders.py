@@ -70,7 +70,7 @@ def test_a_second_lender_killed_while_the_first_ones_spans_are_replayed(cluster,
         quiet(client)
 
 
-@pytest.mark.parametrize("host_bytes", ["64MiB", 0])
+@pytest.mark.parametrize("host_bytes", ["64MiB", pytest.param(0, marks=pytest.mark.slow)])
 def test_all_lenders_killed(cluster, big, text, until, host_bytes) -> None:
     """With host memory the job parks there and ends well; without it has no room left, and says so. Never a wrong token."""
     want = big.generate(text(LONG), max_tokens=16, ignore_eos=True)

@@ -45,7 +45,10 @@ def test_shards_borrow_and_a_lender_is_killed_during_decode(cluster, big, text, 
         quiet(client)
 
 
-@pytest.mark.parametrize(("shard", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
+@pytest.mark.parametrize(("shard", "how"), [
+    pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow), (1, signal.SIGKILL),
+    pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+])
 def test_a_job_goes_on_elsewhere_when_a_shard_of_its_replica_is_gone(cluster, big, text, shard, how) -> None:
     prompt = text(600, 3)
     want = big.generate(prompt, max_tokens=200, ignore_eos=True)
