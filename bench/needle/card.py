@@ -14,7 +14,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from bench.needle import corpus, export, plot
+from bench.needle import export, plot
 
 GOALS = {"needle": (0.98, 0.90), "multi-key": (0.97, 0.90), "recall": (0.97, 0.90), "compare": (0.95, 0.90)}     # at 2k, 4k
 PAGE = Path(__file__).with_name("card.md")
@@ -35,17 +35,14 @@ def main(argv: list[str] | None = None) -> int:
 def card(run: Path, folder: Path, results: list[dict[str, Any]]) -> str:
     place = json.loads((run / "checkpoint" / "place.json").read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    pieces = corpus.read_pieces()
+    text = json.loads((run / "corpus.json").read_text())
     shape = json.loads((folder / "config.json").read_text())
-    python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     return Template(PAGE.read_text()).substitute(
         parameters=f"{sum(weight.numel() for weight in export.read_model(folder).parameters()):,}",
         layers=shape["num_hidden_layers"], width=shape["hidden_size"], heads=shape["num_attention_heads"],
         kv_heads=shape["num_key_value_heads"], theta=f"{shape['rope_theta']:,.0f}", vocab=shape["vocab_size"],
         tokens=f"{place['tokens'] / 1e6:.1f}", minutes=round(place["seconds"] / 60), seed=place["seed"], steps=place["step"],
-        stages=_stages(log), python=python, digest=corpus.digest(pieces), pieces=len(pieces),
-        held_out=sum(piece.held_out for piece in pieces), table=_table(results), depths=_depths(results),
-        missed=_missed(results), text=_text(results))
+        stages=_stages(log), **text, table=_table(results), depths=_depths(results), missed=_missed(results), text=_text(results))
 
 
 def _stages(log: list[dict[str, Any]]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +51,13 @@ def digest(pieces: list[Piece]) -> str:
     for piece in pieces:
         whole.update(f"{piece.name}\0{piece.text}\0".encode())
     return whole.hexdigest()[:16]
+
+
+def described(pieces: list[Piece]) -> dict[str, str | int]:
+    """What a model card says of it."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    held_out = sum(piece.held_out for piece in pieces)
+    return {"digest": digest(pieces), "pieces": len(pieces), "held_out": held_out, "python": python}
 
 
 def _topics() -> Iterator[Piece]:

@@ -1,6 +1,7 @@
 """Trains the needle model: python -m bench.needle.train RUN_FOLDER [--seed N] [--stages FILE] [--pause-while FILE]
 
     RUN_FOLDER/tokenizer.json      made by the first call
+    RUN_FOLDER/corpus.json         what it was made from and is trained on
     RUN_FOLDER/checkpoint/         weights, optimizer, where it stands; the next call goes on from here
     RUN_FOLDER/log.jsonl           a line per report: tokens, loss, answers right by task
     RUN_FOLDER/loss.svg            the same, drawn
@@ -58,6 +59,7 @@ def open_world(folder: Path, *, held_out: bool = False) -> World:
     pieces, path = corpus.read_pieces(), folder / "tokenizer.json"
     if not path.exists():
         tokenizer.train_tokenizer(piece.text for piece in pieces if not piece.held_out).save(str(path))
+        (folder / "corpus.json").write_text(json.dumps(corpus.described(pieces)))
     loaded = tokenizer.load(path)
     return World(Speller(loaded), Filler(pieces, loaded, held_out=held_out), held_out)
 
