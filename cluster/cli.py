@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--detach", "-d", action="store_true", help="print the job's id and return")
 
     demo = verb("demo", _demo, "show borrowing, spilling and reuse on this machine, and prove the tokens equal")
-    demo.add_argument("--model", help="model folder; default: a small one with random weights, made for the occasion")
+    demo.add_argument("--model", help="model folder; default: the needle model of a checkout")
     demo.add_argument("--document", type=Path, help="a long text; default: this project's own documentation")
     demo.add_argument("--launcher", choices=("ray", "process"), default="ray")
     demo.add_argument("--tokens", type=int, default=0, help="cut the document to this many tokens")

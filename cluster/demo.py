@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
 
 import kvbank
 from kvbank.cluster.answers import Result, Status
@@ -111,7 +113,7 @@ def _prompts(model: str, document: Path | None, limit: int) -> tuple[list[list[i
 
     text, name = _document(document)
     tokenizer = load_tokenizer(model)
-    encoding = tokenizer.encode(text)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
     endings = [list(tokenizer.encode(each.prompt, add_special_tokens=False).ids) for each in PLANTED]
     facts = len(tokenizer.encode(plant(""), add_special_tokens=False).ids)
     room = read_config(model).max_position - ANSWER_TOKENS - max(map(len, endings)) - 2 * facts
@@ -231,7 +233,7 @@ def _show(outcome: dict[str, Any], answers: list[Result], reference: list[Result
     out = console()
     peaks: dict[str, Any] = outcome["peaks"]
     document = outcome["document"]
-    out.print(f"\n{document['used']} tokens of {document['source']} are {outcome['spans']} spans; "
+    out.print(f"\n{document['used']} tokens of {escape(document['source'])} are {outcome['spans']} spans; "
               f"a worker holds {outcome['device_spans']}.\n")
     rows = [
         (worker["id"], worker["kind"], worker["blocks_total"], peaks["used"].get(worker["id"], 0),
@@ -253,7 +255,7 @@ def _show(outcome: dict[str, Any], answers: list[Result], reference: list[Result
         out.print()
         out.print(receipt_view(answers[number - 1].receipt, f"question {number}"))
     out.print()
-    asked = [(each["question"], each["answer"], each["wanted"], "[green]right[/]" if each["right"] else "[red]wrong[/]")
+    asked = [(each["question"], Text(each["answer"]), each["wanted"], "[green]right[/]" if each["right"] else "[red]wrong[/]")
              for each in outcome["planted"]]
     out.print(table("facts planted in the document", ("question", "answer", "planted", ""), asked, right=4))
     first, last = answers[0].receipt, answers[-1].receipt

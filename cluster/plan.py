@@ -94,7 +94,7 @@ def _verdict(tokens: int, limit: int, own: int, borrowable: int, host: int, bloc
 def plan_view(plan: Plan) -> Group:
     """The plan for people."""
     facts = [
-        ("weights", size(plan.weights_bytes)), ("KV of one token", size(plan.kv_bytes_per_token)),
+        ("weights, as stored", size(plan.weights_bytes)), ("KV of one token", size(plan.kv_bytes_per_token)),
         ("one block", size(plan.block_bytes)), ("one span", size(plan.span_bytes)),
     ]
     room = [

@@ -5,7 +5,10 @@ Names and numbers are ones that the needle model (bench/needle) never saw in tra
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+NEAR = 0.02                          # of the text: a line break within it is near
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +20,10 @@ class Planted:
     wanted: str
 
     def is_in(self, answer: str) -> bool:
-        """Whether the answer names what was asked for and nothing that was planted for another question."""
-        return self.wanted in answer and not any(each.wanted in answer for each in PLANTED if each is not self)
+        """Whether the last number of the answer's first line is what was asked for. What a model says after that line,
+        another question perhaps, is no answer to this one."""
+        line = answer.strip().partition("\n")[0]
+        return re.findall(r"\d+(?:\.\d+)*", line)[-1:] == [self.wanted]
 
     @property
     def prompt(self) -> str:
@@ -35,13 +40,20 @@ PLANTED = (
 
 
 def plant(text: str) -> str:
-    """The text with every told sentence on a line of its own, before the line that begins nearest to its depth."""
-    lines = text.splitlines(keepends=True)
-    begins = [0]
-    for line in lines:
-        begins.append(begins[-1] + len(line))
-    told = sorted((depth, sentence) for each in PLANTED for depth, sentence in each.told)
-    for depth, sentence in reversed(told):
-        at = min(range(len(begins)), key=lambda number: abs(begins[number] - depth * len(text)))
-        lines.insert(at, f" {sentence}\n")
-    return "".join(lines)
+    """The text with every told sentence on a line of its own, at the line break nearest to its depth; where lines are so
+    long that none is near, the line is broken at the nearest space."""
+    breaks, spaces = ([0, *(at.end() for at in re.finditer(what, text)), len(text)] for what in ("\n", r"\s"))
+    told = sorted(((depth, sentence) for each in PLANTED for depth, sentence in each.told), reverse=True)
+    length = len(text)
+    for depth, sentence in told:                             # from the end, so that what lies before stays where it was
+        wanted = depth * length
+        at = _nearest(breaks, wanted)
+        if abs(at - wanted) > NEAR * length:
+            at = _nearest(spaces, wanted)
+        before = text[:at] if not at or text[at - 1] == "\n" else f"{text[:at]}\n"
+        text = f"{before} {sentence}\n{text[at:]}"
+    return text
+
+
+def _nearest(places: list[int], wanted: float) -> int:
+    return min(places, key=lambda place: abs(place - wanted))

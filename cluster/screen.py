@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from kvbank.cluster.answers import Receipt, Status, TierStatus
 
@@ -27,7 +28,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
     for number, column in enumerate(columns):
         made.add_column(column, justify="right" if number >= right else "left", no_wrap=number == 0)
     for row in rows:
-        made.add_row(*[str(cell) for cell in row])
+        made.add_row(*[cell if isinstance(cell, Text) else str(cell) for cell in row])
     return made
 
 

@@ -27,6 +27,7 @@ from kvbank.workers.engine import Engine
 from kvbank.workers.fetcher import TierFetcher
 from kvbank.workers.models.config_reader import CANARY, ModelConfig, read_config
 from kvbank.workers.models.decoder import Decoder
+from kvbank.workers.models.linear import arithmetic
 from kvbank.workers.seams import Bank, spill_all
 from kvbank.workers.shard import LocalShard, Model, Shelf
 from kvbank.workers.weights import load_weights
@@ -58,7 +59,8 @@ def numerics_id(config: WorkerConfig) -> str:
     """Names the arithmetic: members with equal ids give equal bits, others may only hold and fetch."""
     if config.device == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
-        return f"cpu/{capability}/torch-{torch.__version__.split('+')[0]}/{config.dtype}"
+        products = arithmetic(getattr(torch, config.dtype), "cpu")
+        return f"cpu/{capability}/torch-{torch.__version__.split('+')[0]}/{config.dtype}/{products}"
     major, minor = torch.cuda.get_device_capability()
     return f"cuda/sm{major}{minor}/torch-{torch.__version__.split('+')[0]}/{config.dtype}"
 

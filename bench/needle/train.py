@@ -49,9 +49,18 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     args.folder.mkdir(parents=True, exist_ok=True)
     world = open_world(args.folder)
+    _same_corpus(args.folder / "corpus.json", corpus.described(corpus.read_pieces()))
     stages = tuple(Stage(**fields) for fields in json.loads(args.stages.read_text())) if args.stages else STAGES
     Trainer(args.folder, world, stages, args.seed).run(minutes=args.minutes, pause_while=args.pause_while)
     return 0
+
+
+def _same_corpus(path: Path, found: dict[str, str | int]) -> None:
+    """What a run is trained on is written down at its start; on another text it does not go on."""
+    if not path.exists():
+        path.write_text(json.dumps(found))
+    elif (before := json.loads(path.read_text())) != found:
+        raise SystemExit(f"this run began on another text: {before}, now {found}. Begin a new one, or bring the old text back.")
 
 
 def open_world(folder: Path, *, held_out: bool = False) -> World:
@@ -59,7 +68,6 @@ def open_world(folder: Path, *, held_out: bool = False) -> World:
     pieces, path = corpus.read_pieces(), folder / "tokenizer.json"
     if not path.exists():
         tokenizer.train_tokenizer(piece.text for piece in pieces if not piece.held_out).save(str(path))
-        (folder / "corpus.json").write_text(json.dumps(corpus.described(pieces)))
     loaded = tokenizer.load(path)
     return World(Speller(loaded), Filler(pieces, loaded, held_out=held_out), held_out)
 

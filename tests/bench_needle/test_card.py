@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bench.needle import card, corpus
+import pytest
+
+from bench.needle import card, corpus, train
 from bench.needle.corpus import Piece
 from tests.bench_needle.conftest import MODEL
 
@@ -35,3 +37,12 @@ def test_a_corpus_is_described_by_what_is_in_it() -> None:
     told = corpus.described([Piece(f"code/{number}", "code", "x" * number) for number in range(200)])
     assert told["pieces"] == 200 and 5 < int(told["held_out"]) < 40
     assert told["digest"] != corpus.described([Piece("code/0", "code", "y")])["digest"]
+
+
+def test_a_run_writes_down_its_text_and_does_not_go_on_with_another(tmp_path: Path) -> None:
+    once, other = (corpus.described([Piece("pages/a", "prose", text)]) for text in ("one", "two"))
+    train._same_corpus(tmp_path / "corpus.json", once)
+    train._same_corpus(tmp_path / "corpus.json", once)
+    with pytest.raises(SystemExit, match="another text"):
+        train._same_corpus(tmp_path / "corpus.json", other)
+    assert json.loads((tmp_path / "corpus.json").read_text()) == once

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.text import Text
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from bench.needle.words import is_held_out
 from kvbank.cluster import cli, demo
 from kvbank.cluster.answers import LoanStatus, Status, TierStatus, WorkerStatus
 from kvbank.cluster.planted import PLANTED, plant
+from kvbank.cluster.screen import table
 from kvbank.errors import InvalidRequest
 from kvbank.workers.models.config_reader import read_config
 from kvbank.workers.models.random_model import write_random_model
@@ -53,6 +60,37 @@ def test_an_answer_with_another_number_or_with_all_of_them_is_wrong() -> None:
     assert first.is_in(f"quiet bridge is {first.wanted}.")
     assert not first.is_in("quiet bridge is 1234.") and not first.is_in("")
     assert not first.is_in(f"it is {first.wanted} or {second.wanted}")
+    assert not any(first.is_in(said) for said in (f"is {first.wanted}1", f"is 1{first.wanted}", f"{first.wanted}.5"))
+    assert first.is_in(f" {first.wanted}\nQuestion: what is the price of eager rocket?\nAnswer: {second.wanted}")
+
+
+def test_facts_are_planted_where_they_should_be_in_a_text_of_one_line() -> None:
+    text = "word and word again " * 3000
+    planted = plant(text)
+    told = {f" {sentence}": depth for each in PLANTED for depth, sentence in each.told}
+    assert [line for line in planted.splitlines() if line in told] == sorted(told, key=lambda line: told[line])
+    for line, depth in told.items():
+        assert abs(planted.index(line) / len(planted) - depth) < 0.01
+    assert "".join(line for line in planted.splitlines() if line not in told) == text.rstrip(" ") + " "
+
+
+def test_a_tokenizer_that_ends_every_text_with_a_token_does_not_empty_the_document(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(demo.NEEDLE, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    page = tmp_path / "page.txt"
+    page.write_text(demo._document(None)[0][:8000])
+    _, told = demo._prompts(str(folder), page, 0)
+    assert told["used"] > told["tokens"] > 2000
+
+
+def test_an_answer_in_brackets_is_shown_as_it_is() -> None:
+    shown = StringIO()
+    made = table("facts", ("question", "answer"), [("q", Text("[/INST] [red]7864"))])
+    Console(file=shown, width=80).print(made)
+    assert "[/INST] [red]7864" in shown.getvalue()
 
 
 def test_names_and_numbers_were_held_out_of_training_and_nothing_else_in_the_pages_has_them() -> None:

@@ -43,7 +43,7 @@ class Decoder:
         exactness: str = "fast", device: str = "cpu",
     ) -> None:
         """weights: as weights.load_weights gives them for the same layers. The dict is emptied on the way, so that a
-        matrix which is packed or moved is never in memory twice.
+        matrix which is packed or moved is in memory twice for that moment only.
         exactness "bitwise": a row's bits do not depend on the other rows, as long as the number of rows is a multiple
         of 8 (the caller pads). The packed products keep that promise at no cost; where there are none (other
         devices, a torch without oneDNN) a warning says that nobody makes it."""
@@ -155,15 +155,17 @@ class _Builder:
     def _fastest(self, weight: Tensor, bias: Tensor | None, *, shared: bool = False) -> Linear:
         if self._packed_in is None:
             return PlainLinear(weight, bias)
+        shared = shared and self._packed_in == self._dtype
         wide = weight.to(self._packed_in)
-        packed = PackedLinear(wide, bias if bias is None else bias.to(self._packed_in), shared=shared and wide is weight)
-        return packed if wide is weight else Wide(packed, self._dtype)
+        del weight                                   # it need not be there while the wide one is packed
+        packed = PackedLinear(wide, bias if bias is None else bias.to(self._packed_in), shared=shared)
+        return packed if self._packed_in == self._dtype else Wide(packed, self._dtype)
 
     def _gate(self, name: str) -> Callable[[Tensor], Tensor]:
-        weight, inner = self.vector(name), self._config.intermediate_size
+        inner = self._config.intermediate_size
         if self._packed_in is None:
-            return PlainGate(PlainLinear(weight), inner)
-        packed = PackedGate(weight.to(self._packed_in), inner)
+            return PlainGate(PlainLinear(self.vector(name)), inner)
+        packed = PackedGate(self.vector(name).to(self._packed_in), inner)
         return packed if self._packed_in == self._dtype else Wide(packed, self._dtype)
 
 

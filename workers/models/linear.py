@@ -4,7 +4,7 @@
     packed   oneDNN inner products on weights in its blocked order, with the activation, product or sum that follows
              done on the way out: CPU, float32 and, with AVX-512, bfloat16
     wide     packed in float32 for a narrower type, its rows widened before and the result rounded once after: CPU
-             without instructions for that type, at twice the memory for weights
+             without instructions for that type, at four bytes a weight
 
 Packed was chosen by measurement (2 cores with AVX-512, torch 2.13, 512 wide, interleaved): float32 takes 0.4 to 0.6 of
 plain's time at 8 to 512 rows, where plain runs MKL's narrower kernels, and bfloat16 0.6 at 1 to 8 rows. And from 2 rows
@@ -15,6 +15,8 @@ times as long as wide ones (docs/decisions/0019).
 
 from __future__ import annotations
 
+import hashlib
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -104,6 +106,21 @@ class Wide:
 def packing(dtype: torch.dtype, device: str | torch.device) -> torch.dtype | None:
     """The type in which weights of `dtype` are packed here: the same, a wider one, or None where nothing can be packed."""
     return next((each for each in (dtype, torch.float32) if can_pack(each, device)), None)
+
+
+@cache
+def arithmetic(dtype: torch.dtype, device: str | torch.device) -> str:
+    """Names this machine's products of `dtype`: how they are packed, and a digest of one's bits.
+
+    Which instructions oneDNN takes hangs on more than the capability that torch names, and on its own environment.
+    """
+    kind = packing(dtype, device)
+    if kind is None:
+        return "plain"
+    rows, columns = torch.arange(16 * 640).view(16, 640), torch.arange(48 * 640).view(48, 640)
+    x, weight = (rows * 0.7 + 0.1).sin().to(kind), (columns * 1.3 + 0.2).cos().to(kind)
+    bits = PackedLinear(weight)(x).contiguous().view(torch.uint8)
+    return f"{str(kind).removeprefix('torch.')}-{hashlib.sha256(bits.numpy().tobytes()).hexdigest()[:8]}"
 
 
 def can_pack(dtype: torch.dtype, device: str | torch.device) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kvbank.workers.models.linear import PackedGate, PackedLinear, PlainGate, PlainLinear, Wide, can_pack, packing
+from kvbank.workers.models import linear as linear_module
+from kvbank.workers.models.linear import PackedGate, PackedLinear, PlainGate, PlainLinear, Wide, arithmetic, can_pack, packing
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(96, 320), (352, 130), (512, 1024)]                # (in, out); 130: no multiple of any vector width
@@ -100,6 +104,27 @@ def test_a_type_without_packed_products_is_packed_in_a_wider_one() -> None:
     assert packing(torch.float16, "cpu") == torch.float32
     assert packing(torch.bfloat16, "cpu") == (torch.bfloat16 if can_pack(torch.bfloat16, "cpu") else torch.float32)
     assert packing(torch.float16, "cuda") is None
+
+
+def test_the_arithmetic_has_a_name_that_hangs_on_the_packing_and_not_on_the_threads(monkeypatch, torch_threads) -> None:
+    names = set()
+    for threads in (1, 2, 3):
+        torch_threads(threads)
+        arithmetic.cache_clear()
+        names.add((arithmetic(torch.float32, "cpu"), arithmetic(torch.float16, "cpu")))
+    ((single, half),) = names
+    assert single.startswith("float32-") and half == single
+    arithmetic.cache_clear()
+    monkeypatch.setattr(linear_module, "can_pack", lambda dtype, device: False)
+    assert arithmetic(torch.float32, "cpu") == "plain"
+    arithmetic.cache_clear()
+
+
+def test_other_instructions_give_the_arithmetic_another_name() -> None:
+    told = "import torch; from kvbank.workers.models.linear import arithmetic; print(arithmetic(torch.float32, 'cpu'))"
+    names = [subprocess.run([sys.executable, "-c", told], env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa}, capture_output=True,
+                            text=True, check=True, stdin=subprocess.DEVNULL).stdout for isa in ("SSE41", "DEFAULT")]
+    assert names[0] != names[1]
 
 
 def test_a_device_or_dtype_without_packed_products_is_told() -> None:
