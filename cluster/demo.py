@@ -115,8 +115,8 @@ def _prompts(model: str, document: Path | None, limit: int) -> tuple[list[list[i
     tokenizer = load_tokenizer(model)
     encoding = tokenizer.encode(text, add_special_tokens=False)
     endings = [list(tokenizer.encode(each.prompt, add_special_tokens=False).ids) for each in PLANTED]
-    facts = len(tokenizer.encode(plant(""), add_special_tokens=False).ids)
-    room = read_config(model).max_position - ANSWER_TOKENS - max(map(len, endings)) - 2 * facts
+    facts = 2 * len(tokenizer.encode(plant("")).ids)         # twice: a tokenizer may split what stands beside them anew
+    room = read_config(model).max_position - ANSWER_TOKENS - max(map(len, endings)) - facts
     used = min(room, limit or DOCUMENT_TOKENS, len(encoding.ids))
     if used < 12 * SPAN:
         raise InvalidRequest(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.needle import export, tasks
+from bench.needle import corpus, export, tasks
 from bench.needle.curriculum import answers_right, collate
 from bench.needle.model import Llama
 from bench.needle.sample import Sample
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    world, model = open_world(args.folder, held_out=True), export.read_model(args.folder)
+    world, model = open_world(args.folder, corpus.read_pieces(), held_out=True), export.read_model(args.folder)
     for length in args.lengths:
         for name in args.tasks:
             for line in CELLS[name](model, world, length, args.answers, args.seed):

@@ -48,8 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     args.folder.mkdir(parents=True, exist_ok=True)
-    world = open_world(args.folder)
-    _same_corpus(args.folder / "corpus.json", corpus.described(corpus.read_pieces()))
+    pieces = corpus.read_pieces()
+    _same_corpus(args.folder / "corpus.json", corpus.described(pieces))
+    world = open_world(args.folder, pieces)
     stages = tuple(Stage(**fields) for fields in json.loads(args.stages.read_text())) if args.stages else STAGES
     Trainer(args.folder, world, stages, args.seed).run(minutes=args.minutes, pause_while=args.pause_while)
     return 0
@@ -63,9 +64,9 @@ def _same_corpus(path: Path, found: dict[str, str | int]) -> None:
         raise SystemExit(f"this run began on another text: {before}, now {found}. Begin a new one, or bring the old text back.")
 
 
-def open_world(folder: Path, *, held_out: bool = False) -> World:
-    """The corpus of this machine and the folder's tokenizer, trained now if there is none."""
-    pieces, path = corpus.read_pieces(), folder / "tokenizer.json"
+def open_world(folder: Path, pieces: list[corpus.Piece], *, held_out: bool = False) -> World:
+    """One side of the corpus, and the folder's tokenizer, trained now if there is none."""
+    path = folder / "tokenizer.json"
     if not path.exists():
         tokenizer.train_tokenizer(piece.text for piece in pieces if not piece.held_out).save(str(path))
     loaded = tokenizer.load(path)

@@ -71,8 +71,7 @@ class Row:
     marks: str                           # one digit per answer, in order, for paired comparisons
 
     def as_json(self) -> dict[str, Any]:
-        return {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(self).items()} | {
-            "output_error": [round(error, 6) for error in self.output_error]}
+        return {name: _rounded(value) for name, value in asdict(self).items()}
 
 
 def mark(full: Answered, answered: Answered, *, by_token: bool, context: int, kept: int, needed: int, device_bytes: float,
@@ -139,6 +138,12 @@ def verdict(chance: float, full: Row, floor: Row) -> str:
         return f"full attention reaches {full.share:.1%}"
     beyond_chance = (floor.share - chance) / (1 - chance)
     return "" if beyond_chance <= FLOOR_GATE else f"random eviction at {floor.budget:.2%} still reaches {floor.share:.1%}"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return round(value, 6) if isinstance(value, float) else value
 
 
 def _share(marks: Sequence[Mark]) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvbank.cluster.planted import PLANTED, plant
+from kvbank.cluster.planted import PLANTED, Planted, plant
 from kvbank.kvstore.config import StoreConfig
 from kvbank.kvstore.span_table import HOST, LOCAL, REMOTE
 from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis
@@ -229,11 +229,19 @@ def test_every_place_gives_what_one_big_worker_gives(rows, run_jobs, exactness, 
     scene = PLACES[place](build)
     got = scene.run(None)
     assert not got.errors
+    agrees(got, want, exactness)
+    proves(place, scene, got)
+
+
+def agrees(got: Any, want: Any, exactness: str) -> None:
     assert got.tokens["a"] == want.tokens["a"]
     if exactness == "bitwise":
         assert torch.equal(got.logits["a"], want.logits["a"])
     else:
         assert (got.logits["a"] - want.logits["a"]).abs().max() < 1e-4
+
+
+def proves(place: str, scene: Scene, got: Any) -> None:
     proof = PROOF.get(place)
     assert proof is None or proof(scene, got.tally["a"]), f"the row was not what it says: {got.tally['a']}"
 
@@ -259,10 +267,13 @@ def test_every_row_can_fail(rows, run_jobs, place, what) -> None:
 
 # -- the needle model ---------------------------------------------------------------------------------------------------------
 
-def question_about(fact: int, length: int) -> list[int]:
-    """`length` tokens of the licence with a planted fact in its second span, and the question."""
-    tokenizer, told = load_tokenizer(str(NEEDLE)), PLANTED[fact]
-    ending = tokenizer.encode(told.prompt, add_special_tokens=False).ids
+FACT = PLANTED[1]
+
+
+def question_about(fact: Planted, length: int) -> list[int]:
+    """`length` tokens: the licence with planted facts, and the question about this one."""
+    tokenizer = load_tokenizer(str(NEEDLE))
+    ending = tokenizer.encode(fact.prompt, add_special_tokens=False).ids
     return [*tokenizer.encode(plant((ROOT / "LICENSE").read_text()[:3000])).ids[: length - len(ending)], *ending]
 
 
@@ -274,39 +285,35 @@ def answered(tokens: list[int]) -> str:
 @pytest.mark.parametrize("exactness", ["bitwise", "fast"])
 def test_every_place_gives_the_right_answer_of_the_needle_model(rows, run_jobs, exactness, place) -> None:
     build = rows(model=NEEDLE, exactness=exactness)
-    build.text = question_about(0, 1150)
+    build.text = question_about(FACT, 1150)
     want = run_jobs(build.engine(), build.job())
     scene = PLACES[place](build)
     got = scene.run(None)
     assert not got.errors
-    assert got.tokens["a"] == want.tokens["a"]
-    assert PLANTED[0].is_in(answered(got.tokens["a"]))
-    if exactness == "bitwise":
-        assert torch.equal(got.logits["a"], want.logits["a"])
-    else:
-        assert (got.logits["a"] - want.logits["a"]).abs().max() < 1e-4
-    proof = PROOF.get(place)
-    assert proof is None or proof(scene, got.tally["a"]), f"the row was not what it says: {got.tally['a']}"
+    agrees(got, want, exactness)
+    assert FACT.is_in(answered(got.tokens["a"]))
+    proves(place, scene, got)
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_needle_model_answers_wrongly_when_the_span_with_the_fact_is_gone(rows, place) -> None:
+@pytest.mark.parametrize(("beside", "right"), [(0, False), (1, True)], ids=["its span", "the next"])
+def test_the_needle_model_answers_wrongly_when_the_span_with_the_fact_is_gone_and_no_other(rows, place, beside, right) -> None:
     build = rows(model=NEEDLE)
-    build.text = question_about(0, 1150)
-    told = load_tokenizer(str(NEEDLE)).encode(f" {PLANTED[0].wanted}", add_special_tokens=False).ids
+    build.text = question_about(FACT, 1150)
+    told = load_tokenizer(str(NEEDLE)).encode(f" {FACT.wanted}", add_special_tokens=False).ids
     (at,) = (i for i in range(len(build.text)) if build.text[i : i + len(told)] == told)
     scene, struck = PLACES[place](build), []
 
     def strike() -> None:
         running = [s for s in scene.engine.jobs() if s.job.id == "a" and s.num_output >= 1 and s.state == "running"]
         if running and not struck:
-            (span,) = (span for index, span in running[0].table.live() if index == at // 128)
+            (span,) = (span for index, span in running[0].table.live() if index == at // 128 + beside)
             struck.append(True)
             write_back(scene, span, torch.zeros_like(bytes_of(scene, span)))
 
     got = scene.run(strike)
     assert struck, "the saboteur never struck"
-    assert not PLANTED[0].is_in(answered(got.tokens["a"]))
+    assert FACT.is_in(answered(got.tokens["a"])) is right
 
 
 # -- the canary ---------------------------------------------------------------------------------------------------------------
@@ -319,8 +326,7 @@ def test_every_place_gives_what_the_canary_answers_alone(rows, canary, exactness
     got = scene.run(None)
     assert not got.errors
     assert got.tokens["a"] == CanaryAlone(canary, dtype=dtype).answer(build.text, OUTPUTS)
-    proof = PROOF.get(place)
-    assert proof is None or proof(scene, got.tally["a"]), f"the row was not what it says: {got.tally['a']}"
+    proves(place, scene, got)
 
 
 def flip(scene: Scene, job: str) -> None:

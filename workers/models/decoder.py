@@ -20,7 +20,16 @@ from torch import Tensor
 
 from kvbank.kernels.rope import apply_rope
 from kvbank.workers.models.config_reader import ModelConfig
-from kvbank.workers.models.linear import Linear, PackedGate, PackedLinear, PlainGate, PlainLinear, Wide, packing
+from kvbank.workers.models.linear import (
+    Linear,
+    PackedGate,
+    PackedLinear,
+    PlainGate,
+    PlainLinear,
+    WideGate,
+    WideLinear,
+    packing,
+)
 from kvbank.workers.models.rope import RopeTable
 
 log = logging.getLogger(__name__)
@@ -43,7 +52,7 @@ class Decoder:
         exactness: str = "fast", device: str = "cpu",
     ) -> None:
         """weights: as weights.load_weights gives them for the same layers. The dict is emptied on the way, so that a
-        matrix which is packed or moved is in memory twice for that moment only.
+        matrix which is packed or moved is in memory twice for that moment only, and a narrow one that is widened thrice.
         exactness "bitwise": a row's bits do not depend on the other rows, as long as the number of rows is a multiple
         of 8 (the caller pads). The packed products keep that promise at no cost; where there are none (other
         devices, a torch without oneDNN) a warning says that nobody makes it."""
@@ -122,9 +131,9 @@ class _Builder:
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], device: str) -> None:
         self._config, self._weights, self._device = config, weights, device
-        self._dtype = weights["0.qkv"].dtype
-        self._packed_in = packing(self._dtype, device)
-        self.packed = self._packed_in is not None
+        dtype = weights["0.qkv"].dtype
+        packed_in = packing(dtype, device)
+        self.packed, self._wide = packed_in is not None, packed_in not in (None, dtype)
 
     def layer(self, at: str) -> _Layer:
         c = self._config
@@ -147,26 +156,22 @@ class _Builder:
         if not self._config.tie_embeddings:
             return self._linear("head", None)
         assert embed is not None
-        return self._fastest(embed, None, shared=True)
+        if self.packed and not self._wide:
+            return PackedLinear(embed, shared=True)
+        return self._kind(embed, None)
 
     def _linear(self, name: str, bias: str | None) -> Linear:
-        return self._fastest(self.vector(name), self.vector(bias) if bias else None)
+        return self._kind(self.vector(name), self.vector(bias) if bias else None)
 
-    def _fastest(self, weight: Tensor, bias: Tensor | None, *, shared: bool = False) -> Linear:
-        if self._packed_in is None:
-            return PlainLinear(weight, bias)
-        shared = shared and self._packed_in == self._dtype
-        wide = weight.to(self._packed_in)
-        del weight                                   # it need not be there while the wide one is packed
-        packed = PackedLinear(wide, bias if bias is None else bias.to(self._packed_in), shared=shared)
-        return packed if self._packed_in == self._dtype else Wide(packed, self._dtype)
+    @property
+    def _kind(self) -> Callable[[Tensor, Tensor | None], Linear]:
+        return WideLinear if self._wide else PackedLinear if self.packed else PlainLinear
 
     def _gate(self, name: str) -> Callable[[Tensor], Tensor]:
         inner = self._config.intermediate_size
-        if self._packed_in is None:
-            return PlainGate(PlainLinear(self.vector(name)), inner)
-        packed = PackedGate(self.vector(name).to(self._packed_in), inner)
-        return packed if self._packed_in == self._dtype else Wide(packed, self._dtype)
+        if not self.packed:
+            return PlainGate(self._linear(name, None), inner)
+        return (WideGate if self._wide else PackedGate)(self.vector(name), inner)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -89,18 +89,28 @@ class PackedGate:
         return self._up.times(x, self._gate.silu(x))
 
 
-class Wide:
-    """A packed product or gate in float32 for rows of a narrower `dtype`."""
+class WideLinear:
+    """Packed in float32; rows, addend and result have the type of weight [out, in]."""
 
-    def __init__(self, inner: PackedLinear | PackedGate, dtype: torch.dtype) -> None:
-        self._inner, self._dtype = inner, dtype
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._dtype = weight.dtype
+        self._wide = PackedLinear(weight.float(), None if bias is None else bias.float())
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._inner(x.float()).to(self._dtype)
+        return self._wide(x.float()).to(self._dtype)
 
     def plus(self, x: Tensor, addend: Tensor) -> Tensor:
-        assert isinstance(self._inner, PackedLinear), "a gate has no sum behind it"
-        return self._inner.plus(x.float(), addend.float()).to(self._dtype)
+        return self._wide.plus(x.float(), addend.float()).to(self._dtype)
+
+
+class WideGate:
+    """The gate of float32 weights for rows of gate_up's type; what lies between its products is not rounded."""
+
+    def __init__(self, gate_up: Tensor, inner: int) -> None:
+        self._dtype, self._wide = gate_up.dtype, PackedGate(gate_up.float(), inner)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._wide(x.float()).to(self._dtype)
 
 
 def packing(dtype: torch.dtype, device: str | torch.device) -> torch.dtype | None:

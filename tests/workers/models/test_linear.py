@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 
 from kvbank.workers.models import linear as linear_module
-from kvbank.workers.models.linear import PackedGate, PackedLinear, PlainGate, PlainLinear, Wide, arithmetic, can_pack, packing
+from kvbank.workers.models.linear import (
+    PackedGate,
+    PackedLinear,
+    PlainGate,
+    PlainLinear,
+    WideGate,
+    WideLinear,
+    arithmetic,
+    can_pack,
+    packing,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(96, 320), (352, 130), (512, 1024)]                # (in, out); 130: no multiple of any vector width
@@ -87,7 +97,7 @@ def test_a_wide_product_is_the_exact_one_rounded_once(dtype: torch.dtype) -> Non
     torch.manual_seed(0)
     weight, bias = torch.randn(130, 96).mul_(0.1).to(dtype), torch.randn(130).to(dtype)
     x, other = torch.randn(9, 96).to(dtype), torch.randn(9, 130).to(dtype)
-    wide = Wide(PackedLinear(weight.float(), bias.float()), dtype)
+    wide = WideLinear(weight, bias)
     exact = F.linear(x.double(), weight.double(), bias.double())
     ulp = torch.finfo(dtype).eps
     for found, expected in ((wide(x), exact), (wide.plus(x, other), exact + other)):
@@ -95,7 +105,7 @@ def test_a_wide_product_is_the_exact_one_rounded_once(dtype: torch.dtype) -> Non
         torch.testing.assert_close(found.double(), expected, rtol=ulp, atol=1e-5)
     gate = torch.randn(2 * 130, 96).mul_(0.1).to(dtype)
     left, right = F.linear(x.double(), gate.double()).split(130, dim=-1)
-    found = Wide(PackedGate(gate.float(), 130), dtype)(x)
+    found = WideGate(gate, 130)(x)
     torch.testing.assert_close(found.double(), F.silu(left) * right, rtol=ulp, atol=1e-5)
 
 
