@@ -294,7 +294,7 @@ def test_weights_that_no_worker_can_load_end_the_start_with_a_model_error(
 # -- the same on Ray ---------------------------------------------------------------------------------------------------
 
 RAY_POINTS = [
-    (signal.SIGKILL, "up"), (signal.SIGINT, "worker-0 is ready"),
+    (signal.SIGKILL, "up"), pytest.param(signal.SIGINT, "worker-0 is ready", marks=pytest.mark.slow),
     *(pytest.param(number, point, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGKILL)
       for point in ("starting Ray", "control is ready", "leaving")),
     pytest.param(signal.SIGINT, "up", marks=pytest.mark.slow),

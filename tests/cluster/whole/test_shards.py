@@ -10,7 +10,7 @@ import pytest
 from kvbank.cluster.client import Client
 
 
-@pytest.mark.parametrize("shards", [2, 4])
+@pytest.mark.parametrize("shards", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_shards_give_the_tokens_of_one_big_worker(cluster, big, text, quiet, shards) -> None:
     jobs = [{"prompt": text(400 + 50 * i, i), "max_tokens": 24, "ignore_eos": True,
              **({"temperature": 0.9, "seed": 7} if i % 2 else {})} for i in range(4)]
