@@ -310,7 +310,8 @@ def placed(plan: StepPlan, homes: dict[int, SlotId], names: dict[int, int] | Non
     """The leader's plan as this shard must read it.
 
     homes: lent spans that are home here and not on every other shard yet: read in their slot. names: the leader's uid
-    of a lent span -> the one this shard's own books know it by.
+    of a lent span -> the one this shard's own books know it by; one that is not among them was lost here, which the leader
+    had not heard when it planned, and gets a name that nobody has: -uid.
     """
     if not homes and names is None:
         return plan
@@ -319,7 +320,7 @@ def placed(plan: StepPlan, homes: dict[int, SlotId], names: dict[int, int] | Non
 
 def _placed(rows: PlannedRows, homes: dict[int, SlotId], names: dict[int, int] | None) -> PlannedRows:
     home = [(index, homes[uid]) for index, uid in rows.remote if uid in homes]
-    away = [(index, uid if names is None else names.get(uid, uid)) for index, uid in rows.remote if uid not in homes]
+    away = [(index, uid if names is None else names.get(uid, -uid)) for index, uid in rows.remote if uid not in homes]
     local = sorted([*rows.local, *home]) if home else rows.local
     return replace(rows, local=tuple(local), remote=tuple(away))
 

@@ -107,8 +107,8 @@ class FollowerLoans:
         return placed(plan, self._homes, self._names)
 
     def theirs(self, mine: int) -> int:
-        """The leader's name of a span."""
-        return self._theirs.get(mine, (mine, 0))[0]
+        """The leader's name of a span of its plan, as `placed` named it."""
+        return -mine if mine < 0 else self._theirs.get(mine, (mine, 0))[0]
 
     def _forget(self, mine: int) -> None:
         uid, _ = self._theirs.pop(mine, (0, 0))

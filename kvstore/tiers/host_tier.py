@@ -70,7 +70,9 @@ class HostTier:
     def put(self, frames: dict[bytes, Sequence[Buffer]], *, pin: bool = False) -> set[bytes]:
         """Store frames and return the keys that are here afterwards; with `pin` each of them is pinned once.
 
-        A frame that cannot fit (larger than the limit, or the rest is pinned) is refused and drives nothing out.
+        A frame that cannot fit (larger than the limit, or the rest is pinned) is refused and drives nothing out. What is
+        here already stays as it is, but for a frame that nobody pins: whoever parks here reads on without verifying, so
+        these bytes take the place of those, which nobody has looked at for a while.
         """
         return {key for key, parts in frames.items() if self._put_one(key, parts, pin)}
 
@@ -168,11 +170,14 @@ class HostTier:
             with self._lock:
                 if (held := self._frames.get(key)) is not None:
                     self._counters["put_again"] += 1
-                    self._fix(held)
-                    self._pinned += held.charge if pin and not held.pins else 0
-                    held.pins += int(pin)
-                    self._unfix(held)          # without a pin: to the newest end
-                    return True
+                    if held.pins or not pin:
+                        self._fix(held)
+                        held.pins += int(pin)
+                        self._unfix(held)      # without a pin: to the newest end
+                        return True
+                    self._drop_from_index(held)
+                    if held.movable:
+                        self._give_back(held)
             size = sum(memoryview(part).nbytes for part in parts)
             charge = _charge(size)
             with self._lock:

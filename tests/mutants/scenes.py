@@ -8,12 +8,12 @@
 from __future__ import annotations
 
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis
@@ -34,9 +34,12 @@ LENGTHS = (1, 7, 8, 9, 31, 32, 33, 80, 160, 230)
 STEMS = (0, SPAN, 2 * SPAN - 3, 4 * SPAN)
 
 
+_home: list[Path] = []                       # where play_all keeps its canaries
+
+
 @lru_cache
 def _canary(seed: int, window: int | None = None) -> Path:
-    return write_canary(tempfile.mkdtemp(prefix="kvbank-canary-"), seed=seed, sliding_window=window, num_layers=2)
+    return write_canary(_home[0] / f"{seed}-{window}", seed=seed, sliding_window=window, num_layers=2)
 
 
 @contextmanager
@@ -97,7 +100,9 @@ SCENES: dict[str, Callable[[int, float, str], None]] = {
 
 def play_all() -> Iterator[str]:
     """Each scene in turn; yields its name before. What goes wrong is raised."""
-    with EmbeddedRedis(64 << 20) as server:
+    with EmbeddedRedis(64 << 20) as server, TemporaryDirectory(prefix="kvbank-canary-") as folder:
+        _canary.cache_clear()
+        _home[:] = [Path(folder)]
         for name, seed, seconds in SEEDS:
             yield name
             SCENES[name](seed, seconds, server.url)

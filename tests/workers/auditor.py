@@ -310,8 +310,9 @@ def _own(member: Any) -> Iterator[str]:
                 yield f"{seq.job.id} has no span for tokens {start}..{stop - 1} and no hole there either"
     room = engine.room
     if (borrower := getattr(member, "borrower", None)) is not None:
-        yield from (f"a span is read at a lender, and no loan knows it: {_span(span)}"
-                    for uid, span in room.away.items() if span.refs and uid not in borrower._where)
+        home_here = member.chain.homes if member.chain is not None else {}       # and elsewhere for another shard
+        yield from (f"a span is read at a lender, and no loan knows it: {_span(span)}" for uid, span in room.away.items()
+                    if span.refs and uid not in borrower._where and uid not in home_here)
     elsewhere = {REMOTE: room.away, HOST: room.parked}
     for span in [*vault._held.values(), *room.away.values(), *room.parked.values(), *seen.values()]:
         if span.refs != readers[span.uid]:

@@ -80,6 +80,27 @@ def test_pinned_frames_stay_until_the_last_unpin() -> None:
     assert tier.has([key(1)]) == set()
 
 
+def test_who_parks_a_frame_reads_the_bytes_it_gave_and_not_those_that_rotted_here() -> None:
+    """Parked frames are read without verifying them, so what lies here under that name must not be taken for them."""
+    tier = HostTier(1 << 20)
+    tier.put({b"k": [b"good"]})
+    reader = tier.hold(b"k")
+    assert reader is not None
+    reader.memory[0] ^= 1
+    assert tier.put({b"k": [b"good"]}, pin=True) == {b"k"}
+    parked = tier.hold(b"k")
+    assert parked is not None and bytes(parked.view) == b"good"
+    assert bytes(reader.view) == b"food"               # who reads the old ones keeps what it reads
+    assert tier.put({b"k": [b"other"]}, pin=True) == {b"k"} and bytes(parked.view) == b"good", "pinned: it stays"
+    tier.release(reader)
+    tier.release(parked)
+    tier.unpin([b"k"])
+    assert tier.status().counters["bytes_pinned"] == parked.charge
+    tier.unpin([b"k"])
+    tier.delete([b"k"])
+    assert tier.status().bytes_used == 0 and tier.status().counters["bytes_pinned"] == 0
+
+
 def test_a_reader_keeps_its_bytes_through_delete_and_eviction() -> None:
     tier = HostTier(2 * MIB)
     tier.put({key(1): [content(1, MIB)]})
