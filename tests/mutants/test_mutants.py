@@ -30,7 +30,7 @@ def of_this_commit() -> list[str]:
 @pytest.fixture(scope="module")
 def catches() -> Iterator[dict[str, Future[hunt.Catch]]]:
     """All hunts of this file, two at a time: each has a process of its own, and a minute of its CPU's time."""
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(hunt.AT_ONCE) as pool:
         yield {name: pool.submit(hunt.hunt_apart, name) for name in ("none", *of_this_commit())}
         pool.shutdown(wait=False, cancel_futures=True)
 
