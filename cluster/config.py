@@ -133,7 +133,7 @@ class HttpSettings:
 
     host: str = _set("str", "127.0.0.1", "address the API listens on")
     port: int = _set("int", 0, "port the API listens on; 0: any", low=0, high=65535)
-    api_keys: Mapping[str, str] = _set("keys", {}, "{api key: tenant}; empty: any key is tenant `default`", secret=True)
+    api_keys: Mapping[str, str] = _set("keys", {}, "{key: tenant or tenant:ops}; empty: any key is tenant `default`", secret=True)
     max_body_bytes: int = _set("size", 8 << 20, "largest request body: long prompts are the point", low=1024, high=1 << 30)
     max_jobs: int = _set("int", 1024, "jobs the gateway carries at once; one more is Overloaded", low=1, high=1 << 20)
     keep_jobs_s: float = _set("float", 600.0, "a finished job can be asked for this long", low=0, high=7 * 86_400)

@@ -102,7 +102,7 @@ def _path(raw: Any) -> str:
 
 
 def _keys(raw: Any) -> Mapping[str, str]:
-    """{api key: tenant}; as text: JSON, or `key=tenant,key=tenant`."""
+    """{api key: tenant or tenant:role}; as text: JSON, or `key=tenant,key=tenant:ops`."""
     if isinstance(raw, str):
         raw = _keys_from_text(raw)
     if not isinstance(raw, Mapping):
@@ -110,8 +110,8 @@ def _keys(raw: Any) -> Mapping[str, str]:
     for key, tenant in raw.items():
         if not isinstance(key, str) or not re.fullmatch(r"[\x21-\x7e]{1,512}", key):
             raise ValueError("has an API key that is empty, too long or not printable ASCII without spaces")
-        if not isinstance(tenant, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", tenant):
-            raise ValueError("has a tenant that is not 1 to 64 letters, digits, '.', '_' or '-'")
+        if not isinstance(tenant, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}(:(user|ops))?", tenant):
+            raise ValueError("has a tenant that is not 1 to 64 letters, digits, '.', '_' or '-', perhaps with `:ops` behind it")
     return MappingProxyType(dict(raw))
 
 

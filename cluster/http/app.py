@@ -1,30 +1,29 @@
 """The HTTP application: who may call, how much is read, and how an error looks. The routes are in the sibling files.
 
-A route is open to anyone, or wants a tenant that the caller's key proves; that door is passed before a byte of the body
-is read. Errors carry a stable code and a message for people, never a path, an address or an exception's text.
+Every route stands behind a door of doors.py, which is passed before a byte of the body is read. Errors carry a stable code
+and a message for people, never a path, an address or an exception's text.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from kvbank.cluster.gateway import Gateway
+from kvbank.cluster.http.doors import LOOPBACK, OPEN, OPS, USER, Door, Doorman, OriginGuard
 from kvbank.cluster.intake import Intake, parse_json
 from kvbank.errors import InvalidRequest, KVBankError, NotFound, Overloaded, Unauthorized
 
 log = logging.getLogger(__name__)
 
-DEFAULT_TENANT = "default"
-LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
           405: "invalid_request_error", 409: "conflict_error", 413: "invalid_request_error", 429: "rate_limit_error",
           504: "timeout_error"}
@@ -47,33 +46,11 @@ class Front:
     gateway: Gateway
     intake: Intake
     limits: HttpLimits = field(default_factory=HttpLimits)
-    api_keys: Mapping[str, str] = field(default_factory=dict)        # key -> tenant
-    hosts: tuple[str, ...] = LOOPBACK                                # Host names answered to while no keys are set
+    api_keys: Mapping[str, str] | Callable[[], Mapping[str, str]] = field(default_factory=dict)     # as Doorman takes them
+    hosts: tuple[str, ...] = LOOPBACK                                # Host names answered to while no keys are set, or `named`
+    named: bool = False                                              # the operator said which names this gateway has
     created: int = 0                                                 # unix time, for /v1/models
     status: Callable[[], Awaitable[dict[str, Any]]] | None = None    # members, loans and tiers, for /v1/status
-
-
-class Doorman:
-    """Which tenant a request speaks for. Keys are kept and compared as digests."""
-
-    def __init__(self, api_keys: Mapping[str, str]) -> None:
-        self._tenants = {_digest(key): tenant for key, tenant in api_keys.items()}
-
-    def tenant(self, request: Request) -> str:
-        """Raises Unauthorized. Without configured keys everybody is the default tenant."""
-        if not self._tenants:
-            return DEFAULT_TENANT
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not given:
-            raise Unauthorized("an API key is needed: send the header `Authorization: Bearer <key>`")
-        tenant = self._tenants.get(_digest(given.strip()))
-        if tenant is None:
-            raise Unauthorized("the API key is not valid here")
-        return tenant
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def build_app(front: Front) -> FastAPI:
@@ -82,23 +59,21 @@ def build_app(front: Front) -> FastAPI:
 
     app = FastAPI(title="kvbank", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     doorman = Doorman(front.api_keys)
-    behind_door = [Depends(_door(doorman))]
-    app.include_router(status.open_routes(front))
-    routers: list[APIRouter] = [openai.routes(front), jobs.routes(front), status.routes(front)]
-    for router in routers:
-        app.include_router(router, dependencies=behind_door)
+    rooms: list[tuple[str, APIRouter]] = [              # one door each
+        (OPEN, status.open_routes(front)),
+        (USER, openai.routes(front)), (USER, jobs.routes(front)), (USER, status.routes(front)),
+        (OPS, status.ops_routes(front, doorman)),
+    ]
+    for role, router in rooms:
+        app.include_router(router, dependencies=[Depends(Door(doorman, role))])
+    app.state.doors = {(method, route.path): role for role, router in rooms
+                       for route in router.routes if isinstance(route, APIRoute) for method in route.methods or ()}
     app.add_exception_handler(KVBankError, _answer_error)            # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _answer_http_error)     # type: ignore[arg-type]
     app.add_exception_handler(Exception, _answer_unknown_error)
-    app.add_middleware(_OriginGuard, hosts=None if front.api_keys else front.hosts)
+    open_house = not callable(front.api_keys) and not front.api_keys
+    app.add_middleware(OriginGuard, hosts=front.hosts if open_house or front.named else None)
     return app
-
-
-def _door(doorman: Doorman) -> Callable[[Request], Awaitable[None]]:
-    async def door(request: Request) -> None:
-        request.state.tenant = doorman.tenant(request)
-
-    return door
 
 
 async def read_body(request: Request, limits: HttpLimits) -> dict[str, Any]:
@@ -159,35 +134,3 @@ async def _answer_http_error(_request: Request, error: HTTPException) -> Respons
 
 async def _answer_unknown_error(_request: Request, _error: Exception) -> Response:
     return JSONResponse(error_body(KVBankError("an internal error; the gateway's log has it")), status_code=500)
-
-
-class _OriginGuard:
-    """Keeps web pages away from a gateway that asks for no key: a foreign Host or Origin is refused.
-
-    A page can make a browser post to 127.0.0.1, and DNS rebinding makes that page's own name point there.
-    """
-
-    def __init__(self, app: Any, *, hosts: tuple[str, ...] | None) -> None:
-        self._app = app
-        self._hosts = hosts
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and self._hosts is not None:
-            headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-            origin = headers.get(b"origin")
-            names = [_host_name(headers.get(b"host", ""))]
-            if origin is not None:
-                names.append(_host_name(origin.partition("://")[2]))
-            if any(name not in self._hosts for name in names):
-                body = error_body(Unauthorized("this gateway has no API keys and answers to local callers only"))
-                body["error"]["type"] = _TYPES[403]
-                await JSONResponse(body, status_code=403)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def _host_name(host: str) -> str:
-    """`name` of `name:port`, brackets of IPv6 kept."""
-    if host.startswith("["):
-        return host.partition("]")[0] + "]"
-    return host.partition(":")[0].lower()

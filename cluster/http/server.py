@@ -18,7 +18,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kvbank.cluster.config import is_loopback
 from kvbank.cluster.gateway import Gateway, GatewayLimits
-from kvbank.cluster.http.app import LOOPBACK, Front, HttpLimits, build_app
+from kvbank.cluster.http.app import Front, HttpLimits, build_app
+from kvbank.cluster.http.doors import LOOPBACK
 from kvbank.cluster.intake import Intake, ModelFacts
 from kvbank.cluster.job import TextStream
 from kvbank.cluster.links import Links

@@ -1,4 +1,4 @@
-"""/health for probes, /metrics for Prometheus, /v1/status for people and `client.status()`."""
+"""/health for probes, /v1/status for people and `client.status()`, /metrics for Prometheus, /v1/ops/session for pages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 import kvbank
 from kvbank.cluster.http.app import Front
+from kvbank.cluster.http.doors import Doorman
 from kvbank.cluster.http.jobs import job_body
 
 
@@ -25,7 +26,20 @@ def open_routes(front: Front) -> APIRouter:
 
 
 def routes(front: Front) -> APIRouter:
-    """Routes for operators and clients."""
+    """Routes for clients."""
+    router = APIRouter()
+
+    @router.get("/v1/status")
+    async def status(request: Request) -> Response:
+        told = await front.status() if front.status is not None else {"workers": [], "loans": [], "tiers": []}
+        jobs = [job_body(job, brief=True) for job in front.gateway.jobs(request.state.tenant) if not job.over]
+        return JSONResponse({**told, "jobs": jobs})
+
+    return router
+
+
+def ops_routes(front: Front, doorman: Doorman) -> APIRouter:
+    """Routes for who runs the cluster."""
     router = APIRouter()
 
     @router.get("/metrics")
@@ -35,10 +49,10 @@ def routes(front: Front) -> APIRouter:
             gateway.meters.observe(live=gateway.live, waiting=gateway.waiting, status=await front.status())
         return Response(generate_latest(front.gateway.meters.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @router.get("/v1/status")
-    async def status(request: Request) -> Response:
-        told = await front.status() if front.status is not None else {"workers": [], "loans": [], "tiers": []}
-        jobs = [job_body(job, brief=True) for job in front.gateway.jobs(request.state.tenant) if not job.over]
-        return JSONResponse({**told, "jobs": jobs})
+    @router.get("/v1/ops/session")
+    async def session(request: Request) -> Response:
+        caller = request.state.caller
+        return JSONResponse({"name": caller.name, "tenant": caller.tenant, "role": caller.role,
+                             "csrf": doorman.csrf_token(caller)})
 
     return router

@@ -196,24 +196,14 @@ def test_a_body_that_never_ends_is_given_up(make_worker, make_server) -> None:
 # -- the door ----------------------------------------------------------------------------------------------------------
 
 KEYS = {"key-a": "tenant-a", "key-b": "tenant-b"}
-PRIVATE = [("GET", "/v1/models"), ("GET", "/v1/models/fake"), ("POST", "/v1/completions"), ("POST", "/v1/jobs"),
-           ("GET", "/v1/jobs"), ("GET", "/v1/jobs/x"), ("GET", "/v1/jobs/x/stream"), ("DELETE", "/v1/jobs/x"),
-           ("POST", "/v1/jobs/x/cancel"), ("GET", "/v1/status"), ("GET", "/metrics")]
+ROLES = {"key-a": "tenant-a", "key-b": "tenant-b", "key-ops": "tenant-a:ops"}
+WRONG = [None, "Bearer wrong", "Basic key-a", "Bearer", "key-a", "Bearer key-a key-b"]
 
 
-@pytest.mark.parametrize("header", [None, "Bearer wrong", "Basic key-a", "Bearer", "key-a", "Bearer key-a key-b"])
-def test_without_a_valid_key_every_route_is_shut_before_its_body_is_read(make_server, header) -> None:
-    address = make_server(api_keys=KEYS).address
-    headers = {"Authorization": header} if header else {}
-    with httpx.Client(base_url=address, headers=headers) as client:
-        for method, path in PRIVATE:
-            answer = client.request(method, path, content=b"not json" if method == "POST" else None)
-            assert answer.status_code == 401 and answer.json()["error"]["code"] == "unauthorized", (method, path)
-
-
-def test_every_route_is_either_private_or_known_to_be_open(make_server) -> None:
+def _rooms(server) -> dict[tuple[str, str], str]:
+    """(method, path) -> role, as declared; compared with what the application really routes."""
     from kvbank.cluster.http.app import build_app
-    server = make_server(api_keys=KEYS)
+    app = build_app(_front_of(server))
     found = set()
 
     def walk(routes: list) -> None:
@@ -224,17 +214,70 @@ def test_every_route_is_either_private_or_known_to_be_open(make_server) -> None:
             else:
                 found.update((method, route.path) for method in route.methods if method != "HEAD")
 
-    app = build_app(type(server.gateway) and _front_of(server))
     walk(app.routes)
-    named = {(m, p.replace("/x", "/{job_id}").replace("/fake", "/{name:path}")) for m, p in PRIVATE}
-    assert found == named | {("GET", "/health")}
+    assert found == set(app.state.doors), "a route without a declared role"
+    return {(method, path.replace("{job_id}", "x").replace("{name:path}", "fake")): role
+            for (method, path), role in app.state.doors.items()}
+
+
+@pytest.mark.parametrize("header", WRONG)
+def test_without_a_valid_key_every_route_is_shut_before_its_body_is_read(make_server, header) -> None:
+    server = make_server(api_keys=ROLES)
+    headers = {"Authorization": header} if header else {}
+    rooms = _rooms(server)
+    assert len(rooms) >= 12 and [path for (_, path), role in rooms.items() if role == "open"] == ["/health"]
+    with httpx.Client(base_url=server.address, headers=headers) as client:
+        for (method, path), role in rooms.items():
+            if role != "open":
+                answer = client.request(method, path, content=b"not json" if method == "POST" else None)
+                assert answer.status_code == 401 and answer.json()["error"]["code"] == "unauthorized", (method, path)
+
+
+def test_a_user_may_not_run_the_cluster_and_who_runs_it_must_show_that_the_page_is_ours(make_server) -> None:
+    server = make_server(api_keys=ROLES)
+    ops = [room for room, role in _rooms(server).items() if role == "ops"]
+    assert ("GET", "/metrics") in ops and ("GET", "/v1/ops/session") in ops
+    with httpx.Client(base_url=server.address) as client:
+        for method, path in ops:
+            answer = client.request(method, path, headers={"Authorization": "Bearer key-a"}, content=b"not json")
+            assert answer.status_code == 403 and answer.json()["error"]["code"] == "forbidden", (method, path)
+        session = client.get("/v1/ops/session", headers={"Authorization": "Bearer key-ops"}).json()
+        assert session["role"] == "ops" and session["tenant"] == "tenant-a" and "key-ops" not in str(session)
+        for method, path in ops:
+            for token in (None, "", session["csrf"][:-1] + "x"):
+                given = {"Authorization": "Bearer key-ops", **({} if token is None else {"x-kvbank-csrf": token})}
+                if method != "GET":
+                    assert client.request(method, path, headers=given, content=b"not json").status_code == 403, (method, path)
+        assert client.get("/metrics", headers={"Authorization": "Bearer key-ops"}).status_code == 200
+
+
+def test_keys_come_and_go_without_a_restart(make_server) -> None:
+    keys = [{"old": "t"}]
+    address = make_server(api_keys=lambda: keys[0]).address
+
+    def status(key: str) -> int:
+        return httpx.get(f"{address}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+
+    assert (status("old"), status("new")) == (200, 401)
+    keys[0] = {"new": "t"}
+    assert (status("old"), status("new")) == (401, 200)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "PUT", "OPTIONS", "HEAD"])
+def test_with_keys_a_page_of_another_site_is_refused_whatever_the_method(make_server, method) -> None:
+    address = make_server(api_keys=ROLES).address
+    headers = {"Authorization": "Bearer key-a", "Origin": "http://evil.example"}
+    assert httpx.request(method, f"{address}/v1/jobs", headers=headers).status_code == 403
+    own = httpx.get(f"{address}/v1/jobs", headers={**headers, "Origin": address})
+    assert own.status_code == 200
+    assert own.headers["content-security-policy"].startswith("default-src 'none'") and own.headers["x-content-type-options"]
 
 
 def _front_of(server):
     from kvbank.cluster.http.app import Front
     from kvbank.cluster.intake import Intake, ModelFacts
     facts = ModelFacts(name="fake", vocab_size=8, max_position=8)
-    return Front(gateway=server.gateway, intake=Intake(facts, lambda text, start: [1]), api_keys=KEYS)
+    return Front(gateway=server.gateway, intake=Intake(facts, lambda text, start: [1]), api_keys=ROLES)
 
 
 def test_a_key_proves_its_tenant_and_tenants_do_not_see_each_other(make_worker, make_server) -> None:
