@@ -53,7 +53,9 @@ class ClusterSettings:
     lenders: int = _set("int", 0, "members that host no model and only lend", low=0, high=1024)
     ray_address: str | None = _set("str", None, "join this Ray (auto or host:port) instead of starting one", none=True)
     bind_host: str = _set("str", "127.0.0.1", "address on which members talk to each other")
-    allow_public: bool = _set("bool", False, "allow addresses other than loopback")
+    allow_public: bool = _set("bool", False, "allow addresses other than loopback: they need certificates and API keys")
+    allow_plaintext: bool = _set("bool", False, "allow them without certificates: the network itself is trusted, all of it")
+    tls_dir: str | None = _set("path", None, "certificates for all traffic between members; `kvbank certs` makes them", none=True)
     state_dir: str | None = _set("path", None, "where the cache secret and model digests are kept", none=True)
     log_dir: str | None = _set("path", None, "keep the members' logs here; default: a temp folder", none=True)
     restart: bool = _set("bool", True, "start a member again when its process died")
@@ -133,7 +135,11 @@ class HttpSettings:
 
     host: str = _set("str", "127.0.0.1", "address the API listens on")
     port: int = _set("int", 0, "port the API listens on; 0: any", low=0, high=65535)
+    tls_cert: str | None = _set("path", None, "PEM file: serve https with this certificate chain", none=True)
+    tls_key: str | None = _set("path", None, "PEM file: its key", none=True)
+    names: str = _set("str", "", "host names that are answered to, with commas; default: loopback ones, any with API keys")
     api_keys: Mapping[str, str] = _set("keys", {}, "{key: tenant or tenant:ops}; empty: any key is tenant `default`", secret=True)
+    api_keys_file: str | None = _set("path", None, "the same as a YAML file, read again whenever it changes", none=True)
     max_body_bytes: int = _set("size", 8 << 20, "largest request body: long prompts are the point", low=1024, high=1 << 30)
     max_jobs: int = _set("int", 1024, "jobs the gateway carries at once; one more is Overloaded", low=1, high=1 << 20)
     keep_jobs_s: float = _set("float", 600.0, "a finished job can be asked for this long", low=0, high=7 * 86_400)
@@ -304,6 +310,15 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     return values
 
 
+def read_keys(path: Path) -> Mapping[str, str]:
+    """The mapping of an http.api_keys_file. Raises ConfigError, which names no key."""
+    try:
+        found: Mapping[str, str] = parse({"kind": "keys"}, dict(_read_file(path)))
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"http.api_keys_file {path}: {error}") from None
+    return found
+
+
 class _StrictLoader(yaml.SafeLoader):
     """Safe YAML in which a key written twice is an error instead of a silent overwrite."""
 
@@ -332,8 +347,20 @@ def _check(settings: Settings) -> Settings:
     for key, host in (("cluster.bind_host", cluster.bind_host), ("http.host", http.host)):
         if not is_loopback(host) and not cluster.allow_public:
             raise ConfigError(f"{key} {host} is not loopback: set cluster.allow_public to true if that is meant")
-    if not is_loopback(http.host) and not http.api_keys:
-        raise ConfigError(f"http.host {http.host} is not loopback and http.api_keys is empty: anyone could use it")
+    if not is_loopback(cluster.bind_host) and not cluster.tls_dir and not cluster.allow_plaintext:
+        raise ConfigError(f"cluster.bind_host {cluster.bind_host} is not loopback, and KV would travel in clear: make "
+                          "certificates with `kvbank certs FOLDER` and set cluster.tls_dir, or set cluster.allow_plaintext "
+                          "to true in a network where everybody is trusted")
+    if (http.tls_cert is None) != (http.tls_key is None):
+        raise ConfigError("http.tls_cert and http.tls_key must be given together")
+    if http.api_keys and http.api_keys_file:
+        raise ConfigError("http.api_keys and http.api_keys_file are two sources for one thing: give one of them")
+    if not is_loopback(http.host):
+        if not http.api_keys and not http.api_keys_file:
+            raise ConfigError(f"http.host {http.host} is not loopback and http.api_keys is empty: anyone could use it")
+        if not http.tls_cert and not cluster.allow_plaintext:
+            raise ConfigError(f"http.host {http.host} is not loopback, and API keys and prompts would travel in clear: set "
+                              "http.tls_cert and http.tls_key, or cluster.allow_plaintext to true behind a proxy that does")
     if redis not in (None, "embedded") and not re.match(r"(rediss?|unix)://", str(redis)):
         raise ConfigError("tiers.redis must be 'embedded', none, or a URL beginning with redis://, rediss:// or unix://")
     return replace(settings, vault=_whole_spans(settings.vault))

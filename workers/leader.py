@@ -56,7 +56,7 @@ def build_leader(worker: ModelWorker) -> Leader:
     host = HostTier(worker.settings["host_bytes"]) if worker.settings["host_bytes"] else None
     store = open_store(worker, layout, host)
     parts = build_shard(config, host=host, shelf=store, model=model)
-    chain = Chain(parts.shard, config.shards, token=worker.config["token"], likeness=likeness(worker),
+    chain = Chain(parts.shard, config.shards, badge=worker.badge, likeness=likeness(worker),
                   find=worker.find_shard, wake=wake) if config.shards > 1 else None
     backend = chain or parts.shard
     fetcher = TierFetcher(

@@ -30,6 +30,7 @@ from kvbank.kvstore.messages import Compat
 from kvbank.kvstore.store import BlockStore
 from kvbank.kvstore.timings import LoanTimings
 from kvbank.kvstore.transport import rpc
+from kvbank.kvstore.transport.badge import Badge
 from kvbank.kvstore.transport.links import Links
 from kvbank.kvstore.vault import Arena, LendPool, Vault
 from kvbank.proto import control_pb2 as control_pb
@@ -115,8 +116,9 @@ class Worker:
         self.worker_config = worker_config(config)
         self.timings = loan_timings(self._settings)
         set_threads(self._settings)
-        self._server = rpc.server(config["token"], threads=SERVER_THREADS)
-        self._links = Links(self.boot, config["token"])
+        self.badge = Badge.of_member(config)
+        self._server = rpc.server(self.badge, threads=SERVER_THREADS)
+        self._links = Links(self.boot, self.badge)
         self._boots: dict[str, Boot] = {}
         self._lenders: list[Lender] = []
         self._stopping = threading.Event()
