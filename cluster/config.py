@@ -92,6 +92,8 @@ class VaultSettings:
     lender_blocks: int | None = _set("int", None, "of each lender; default: same", low=1, high=1 << 30, none=True)
     block_size: int = _set("int", 16, "tokens per block: unit of keys and prefix hits", low=1, high=4096)
     span_tokens: int = _set("int", 128, "tokens per span: unit of allocation and lending", low=1, high=65536)
+    tenant_share: float | None = _set("float", None, "of a worker's KV memory, what a tenant's cache keeps while others press; "
+                                      "who has more gives way first; default: the oldest goes", low=0, high=1, none=True)
     staging_spans: int = _set("int", 16, "spans of fetched or parked bytes in flight", low=1, high=65536)
 
 
@@ -113,6 +115,8 @@ class LoanSettings:
 
     lend_cap: float | None = _set("float", None, "share of its slots a member lends; default: lenders 1.0, models 0.5",
                                   low=0, high=1, none=True)
+    tenant_cap: float | None = _set("float", None, "share of a member's slots lent to jobs of one tenant; default: lend_cap",
+                                    low=0, high=1, none=True)
     term_s: float = _set("float", 6.0, "a loan not renewed this long ends", low=0.05, high=3600)
     renew_s: float = _set("float", 1.5, "a borrower renews all its loans with a lender this often", low=0.01, high=1800)
     fill_s: float = _set("float", 3.0, "a granted slot not filled this long is taken back", low=0.05, high=600)
@@ -142,6 +146,9 @@ class HttpSettings:
     api_keys_file: str | None = _set("path", None, "the same as a YAML file, read again whenever it changes", none=True)
     max_body_bytes: int = _set("size", 8 << 20, "largest request body: long prompts are the point", low=1024, high=1 << 30)
     max_jobs: int = _set("int", 1024, "jobs the gateway carries at once; one more is Overloaded", low=1, high=1 << 20)
+    tenant_jobs: int | None = _set("int", None, "of them, of one tenant; default: all", low=1, high=1 << 20, none=True)
+    tenant_tokens_per_s: float | None = _set("float", None, "prompt and output tokens one tenant may ask for; default: any",
+                                             low=0.1, high=1e12, none=True)
     keep_jobs_s: float = _set("float", 600.0, "a finished job can be asked for this long", low=0, high=7 * 86_400)
 
 

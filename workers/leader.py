@@ -62,7 +62,9 @@ def build_leader(worker: ModelWorker) -> Leader:
     fetcher = TierFetcher(
         store, parts.shard.load, staging_bytes=config.staging_spans * layout.slot_bytes, wait_s=config.fetch_wait_s,
         clock=time.monotonic, wake=wake) if store else None
+    share = worker.settings["tenant_share"]
     vault = Vault(config.num_slots, blocks_per_span=parts.layout.blocks_per_span, lend_cap=worker.lend_cap(),
+                  guarantee=int(share * config.num_slots) if share else 0,
                   on_evict=spill_all(backend, layout.blocks_per_span), on_scrub=backend.scrub)
     book = DebtBook(worker.boot, timings=worker.timings)
     borrower = Borrower(parts.arena, parts.layout.slot_bytes, timings=worker.timings, wake=wake, lenders=worker.lenders,

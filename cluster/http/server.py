@@ -79,7 +79,8 @@ class GatewaySettings:
             api_keys_file=flat["api_keys_file"], tls_cert=flat["tls_cert"], tls_key=flat["tls_key"],
             names=tuple(name.strip().lower() for name in flat["names"].split(",") if name.strip()),
             http=HttpLimits(body_bytes=flat["max_body_bytes"]),
-            limits=GatewayLimits(max_jobs=flat["max_jobs"], retained_s=flat["keep_jobs_s"]),
+            limits=GatewayLimits(max_jobs=flat["max_jobs"], retained_s=flat["keep_jobs_s"], tenant_jobs=flat["tenant_jobs"],
+                                 tenant_tokens_per_s=flat["tenant_tokens_per_s"]),
         )
 
 
