@@ -173,7 +173,7 @@ class Vault:
                 raise OutOfSlots(short, self.num_free, self.num_slots)
             leaving: list[Span] = []
             while len(self._blank) + len(leaving) < number:
-                leaving.append(self._take_idle(self._next_to_go(owner)))
+                leaving.append(self._take_idle(self._next_to_go(owner, number)))
             slots = [SlotId(heapq.heappop(self._blank)) for _ in range(number - len(leaving))]
             self._coming.update(dict.fromkeys(slots))
             slots += [span.slot for span in leaving if span.slot is not None]
@@ -191,12 +191,13 @@ class Vault:
                 span.slot, span.place = None, GONE
         return sorted(slots)
 
-    def _next_to_go(self, owner: str) -> Span:
-        """Under the lock: which idle span makes room for this owner. The oldest of: its own if it has more than the guarantee,
-        else of those who have, else its own, else any."""
+    def _next_to_go(self, owner: str, asked: int) -> Span:
+        """Under the lock: which idle span makes room for this owner, which asked for so many slots. The oldest of: its own if
+        it has more than the guarantee, else of those who have, else its own, else any."""
         if not self._guarantee:
             return next(iter(self._idle.values()))
         has = Counter(span.owner for span in (*self._held.values(), *self._idle.values()))
+        has[owner] += asked
         over = {name for name, slots in has.items() if slots > self._guarantee}
         for fits in ({owner} & over, over, {owner}):
             if (span := next((span for span in self._idle.values() if span.owner in fits), None)) is not None:
@@ -267,7 +268,7 @@ class Vault:
         with self.lock:
             number = min(number, self.lendable())
             while len(self._blank) < number:
-                self.drop(self._next_to_go(""))
+                self.drop(self._next_to_go("", 0))
             slots = [SlotId(heapq.heappop(self._blank)) for _ in range(number)]
             self._lent.update(dict.fromkeys(slots))
             return slots

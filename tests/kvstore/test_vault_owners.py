@@ -84,6 +84,7 @@ def test_a_random_walk_never_takes_from_who_has_no_more_than_its_share_while_oth
         running += one.new_spans(1, owner)
         for victim in idle - owners(one):
             others_over = [name for name in idle if has[name] > guarantee]
+            has[owner] += 1
             if has[victim] <= guarantee:
                 assert not others_over and (victim == owner or not idle[owner]), (owner, victim, has, idle)
             elif victim != owner:
