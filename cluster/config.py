@@ -308,8 +308,10 @@ def _read_file(path: Path) -> Mapping[str, Any]:
             values = yaml.load(text, Loader=_StrictLoader)
         else:
             raise ConfigError(f"config file {path} must end in .yaml, .yml or .toml")
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:        # YAML's own dates and numbers may be ones that Python cannot hold
         raise ConfigError(f"config file {path} is not valid: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise ConfigError(f"config file {path} is nested too deeply") from None
     if values is None:
         return {}
     if not isinstance(values, Mapping):
