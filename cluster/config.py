@@ -135,6 +135,7 @@ class HttpSettings:
     port: int = _set("int", 0, "port the API listens on; 0: any", low=0, high=65535)
     api_keys: Mapping[str, str] = _set("keys", {}, "{key: tenant or tenant:ops}; empty: any key is tenant `default`", secret=True)
     max_body_bytes: int = _set("size", 8 << 20, "largest request body: long prompts are the point", low=1024, high=1 << 30)
+    max_job_tokens: int | None = _set("int", None, "prompt and output tokens of one job; none: no bound", low=2, none=True)
     max_jobs: int = _set("int", 1024, "jobs the gateway carries at once; one more is Overloaded", low=1, high=1 << 20)
     keep_jobs_s: float = _set("float", 600.0, "a finished job can be asked for this long", low=0, high=7 * 86_400)
 

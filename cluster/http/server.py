@@ -57,6 +57,7 @@ class GatewaySettings:
     host: str = "127.0.0.1"
     port: int = 0
     api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    max_job_tokens: int | None = None # prompt and output of one job; None: as many as the model and the cluster hold
     http: HttpLimits = field(default_factory=HttpLimits)
     limits: GatewayLimits = field(default_factory=GatewayLimits)
 
@@ -70,7 +71,7 @@ class GatewaySettings:
             dtype=flat["dtype"], exactness=flat["exactness"], block_size=flat["block_size"],
             span_tokens=flat["span_tokens"], host_bytes=flat["host_bytes"], lend_cap=flat["lend_cap"],
             host=flat["host"], port=flat["port"], api_keys=dict(flat["api_keys"]),
-            http=HttpLimits(body_bytes=flat["max_body_bytes"]),
+            http=HttpLimits(body_bytes=flat["max_body_bytes"]), max_job_tokens=flat["max_job_tokens"],
             limits=GatewayLimits(max_jobs=flat["max_jobs"], retained_s=flat["keep_jobs_s"]),
         )
 
@@ -78,11 +79,12 @@ class GatewaySettings:
 def build_gateway(settings: GatewaySettings) -> GatewayServer:
     """A gateway for a cluster whose control plane is up. Raises ModelError or ConfigError before it starts anything."""
     from kvbank.workers.detokenizer import TextStream as Detokenizer
+    from kvbank.workers.models.chat_template import load_chat_template
     from kvbank.workers.models.config_reader import read_config
     from kvbank.workers.models.tokenizer import load_tokenizer
 
     config = read_config(settings.model)
-    tokenizer = load_tokenizer(settings.model)
+    tokenizer, template = load_tokenizer(settings.model), load_chat_template(settings.model)
     layout = Layout(
         num_layers=config.num_layers, layer_first=0, layer_last=config.num_layers, kv_heads=config.num_kv_heads,
         head_dim=config.head_dim, span_tokens=settings.span_tokens, block_size=settings.block_size,
@@ -98,6 +100,12 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
 
     def encode(text: str, at_start: bool) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=at_start).ids)
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+    def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        return template.render(messages, add_generation_prompt=add_generation_prompt)
 
     async def assemble() -> Assembly:
         links = Links(settings.token)
@@ -131,7 +139,9 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
         )
         survey = Survey(roster, links, blocks_per_slot=layout.blocks_per_span)
         front = Front(
-            gateway=gateway, intake=Intake(facts, encode, capacity_tokens=capacity), limits=settings.http,
+            gateway=gateway, limits=settings.http,
+            intake=Intake(facts, encode, capacity_tokens=capacity, decode=decode, render=render,
+                          max_job_tokens=settings.max_job_tokens),
             api_keys=settings.api_keys, hosts=(*LOOPBACK, settings.host), created=int(time.time()), status=survey.told,
         )
         await roster.start()

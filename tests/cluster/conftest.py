@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 
 import grpc
@@ -141,6 +141,11 @@ class FakeRoster:
         pass
 
 
+def plain_chat(messages: Sequence[Mapping[str, str]], ask: bool) -> str:
+    """The chat template of the fake model."""
+    return "".join(f"{each['role']}:{each['content']}\n" for each in messages) + ("assistant:" if ask else "")
+
+
 class ByteText:
     """TextStream over bytes: one token, one character. Holds back what may begin a stop string."""
 
@@ -201,7 +206,10 @@ def make_server() -> Iterator[Callable[..., SimpleNamespace]]:
             )
             front = Front(
                 gateway=gateway, limits=HttpLimits(**{"quiet_s": 0.2, **options.get("http", {})}),
-                intake=Intake(facts, lambda text, _start: list(text.encode()), capacity_tokens=lambda: capacity),
+                intake=Intake(
+                    facts, lambda text, _start: list(text.encode()), capacity_tokens=lambda: capacity,
+                    decode=lambda ids: bytes(ids).decode("latin-1"), render=options.get("render", plain_chat),
+                    max_job_tokens=options.get("max_job_tokens")),
                 api_keys=options.get("api_keys", {}), created=int(time.time()), status=options.get("status"),
             )
             return Assembly(front, roster)

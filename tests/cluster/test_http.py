@@ -147,7 +147,8 @@ def test_completions_under_one_job_id_are_cancelled_by_the_last_to_leave(make_wo
     {"unknown": 1}, {"stream_options": 5}, {"stream_options": {"x": 1}}, {"n": 0}, {"n": 10**9}, {"n": True},
     {"prompt": ["a"] * 17}, {"prompt": ["a", 1]}, {"prompt": [[]]}, {"prompt": [[1], "a"]}, {"prompt": {}},
     {"prompt": [{"text": "a", "token_ids": [1]}]}, {"prompt": [{"x": 1}]}, {"job_id": "x", "n": 2}, {"model": 5},
-    {"stream": "yes"}, {"max_tokens": "many"}, {"temperature": 3}, {"cache_salt": "mine"},
+    {"stream": "yes"}, {"max_tokens": "many"}, {"temperature": 3}, {"cache_salt": ""}, {"cache_salt": 5},
+    {"cache_salt": "x" * 257}, {"max_tokens": 4, "max_completion_tokens": 5}, {"messages": []}, {"chat_template": "x"},
 ])
 def test_what_is_not_supported_is_refused_by_name(make_worker, make_server, field) -> None:
     worker = make_worker("worker-0")
