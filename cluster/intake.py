@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -100,6 +100,24 @@ SPEC_FIELDS = frozenset({
 })
 
 
+class Pieces(Protocol):
+    """What single tokens stand for. workers/token_pieces.py is the real one."""
+
+    def piece(self, token: int) -> bytes:
+        """Its bytes, of special tokens too; empty for an id without a token."""
+
+    def shown(self, token: int, *, first: bool) -> bytes:
+        """What of them stands in an answer's text; `first`: it begins the answer."""
+
+
+class _NoPieces:
+    def piece(self, token: int) -> bytes:
+        return b""
+
+    def shown(self, token: int, *, first: bool) -> bytes:
+        return b""
+
+
 def no_template(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
     """Where a model has no chat template."""
     raise InvalidRequest("this model has no chat template: send /v1/completions with a prompt instead")
@@ -111,10 +129,12 @@ class Intake:
     def __init__(
         self, facts: ModelFacts, encode: Encode, *, capacity_tokens: Callable[[], int | None] = lambda: None,
         decode: Callable[[list[int]], str] = lambda ids: "", render: Render = no_template, max_job_tokens: int | None = None,
+        pieces: Pieces | None = None,
     ) -> None:
         """decode: token ids -> text. max_job_tokens: the operator's bound of prompt and output together."""
         self.facts = facts
         self.decode = decode
+        self.pieces: Pieces = pieces or _NoPieces()
         self._encode, self._render = encode, render
         self._capacity_tokens, self._max_job_tokens = capacity_tokens, max_job_tokens
 
@@ -285,6 +305,10 @@ class Fields:
     def refuse_unknown(self, known: frozenset[str]) -> None:
         if unknown := sorted(set(self._body) - known):
             raise InvalidRequest(f"unknown field {_shown(unknown[0])}; known ones are {', '.join(sorted(known))}")
+
+    def raw(self, name: str) -> Any:
+        """As it was sent; None where it was not."""
+        return self._body.get(name)
 
     def integer(self, name: str, default: Any, *, low: int, high: int) -> Any:
         value = self._body.get(name)

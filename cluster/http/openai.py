@@ -15,12 +15,13 @@ from starlette.responses import JSONResponse, Response
 from kvbank.cluster.http import chat
 from kvbank.cluster.http.app import Front, read_body
 from kvbank.cluster.http.choices import NEUTRAL, Choices, check, check_model, finish_reason, read_wish, respond, submit
+from kvbank.cluster.http.logprobs import Offsets, completion_logprobs, wanted_by_completion
 from kvbank.cluster.intake import Fields
 from kvbank.cluster.job import Job, Piece
 from kvbank.errors import InvalidRequest
 
-KNOWN = frozenset({"best_of"})
-_NEUTRAL: dict[str, tuple[Any, ...]] = {**NEUTRAL, "echo": (False,), "logprobs": (0, False), "suffix": ("",)}
+KNOWN = frozenset({"best_of", "logprobs"})
+_NEUTRAL: dict[str, tuple[Any, ...]] = {**NEUTRAL, "echo": (False,), "suffix": ("",)}
 
 
 def routes(front: Front) -> APIRouter:
@@ -54,9 +55,9 @@ async def _begin(front: Front, body: dict[str, Any], tenant: str) -> Choices:
     fields = check(front, body, KNOWN, _NEUTRAL)
     _check_best_of(front, fields)
     prompts = _prompts(body.get("prompt"))
-    wish = read_wish(body, fields, len(prompts), None)
+    wish = read_wish(body, fields, len(prompts), wanted_by_completion(fields))
     jobs = await submit(front, body, prompts, tenant, max_tokens=16, logprobs=wish.logprobs)
-    return Choices(front, jobs, wish, _Text())
+    return Choices(front, jobs, wish, _Text(front, jobs))
 
 
 class _Text:
@@ -64,14 +65,26 @@ class _Text:
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 
+    def __init__(self, front: Front, jobs: list[Job]) -> None:
+        self._pieces = front.intake.pieces
+        self._offsets = [Offsets(self._pieces) for _ in jobs]
+
     def opening(self, number: int) -> dict[str, Any] | None:
         return None
 
     def choice(self, number: int, job: Job) -> dict[str, Any]:
-        return {"index": number, "text": job.output_text, "logprobs": None, "finish_reason": job.finish_reason}
+        return {"index": number, "text": job.output_text, "logprobs": self._logprobs(number, job, 0, job.ids),
+                "finish_reason": job.finish_reason}
 
     def delta(self, number: int, job: Job, piece: Piece) -> dict[str, Any]:
-        return {"index": number, "text": piece.text, "logprobs": None, "finish_reason": finish_reason(job, piece)}
+        return {"index": number, "text": piece.text, "logprobs": self._logprobs(number, job, piece.index, piece.token_ids),
+                "finish_reason": finish_reason(job, piece)}
+
+    def _logprobs(self, number: int, job: Job, first: int, ids: list[int]) -> dict[str, Any] | None:
+        if job.spec.logprobs is None or not ids:
+            return None
+        told = job.logprobs[first : first + len(ids)]
+        return completion_logprobs(self._pieces, ids, told, self._offsets[number].take(ids))
 
 
 def _check_best_of(front: Front, fields: Fields) -> None:

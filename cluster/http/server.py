@@ -82,6 +82,7 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
     from kvbank.workers.models.chat_template import load_chat_template
     from kvbank.workers.models.config_reader import read_config
     from kvbank.workers.models.tokenizer import load_tokenizer
+    from kvbank.workers.token_pieces import TokenPieces
 
     config = read_config(settings.model)
     tokenizer, template = load_tokenizer(settings.model), load_chat_template(settings.model)
@@ -111,14 +112,14 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
         links = Links(settings.token)
         roster = Roster(links, settings.control)
 
-        def keys(tenant: str, prompt: bytes) -> bytes:
+        def keys(key_space: str, prompt: bytes) -> bytes:
             numerics = ""
             if settings.exactness == "bitwise":
                 named = {worker.numerics for worker in roster.workers()}
                 if len(named) != 1:
                     return b""                       # the worker hashes for itself
                 numerics = named.pop()
-            root = root_key(settings.cache_secret, tenant=tenant, model_digest=settings.model_digest, layout=layout,
+            root = root_key(settings.cache_secret, tenant=key_space, model_digest=settings.model_digest, layout=layout,
                             numerics=numerics)
             return b"".join(block_keys(root, prompt, settings.block_size))
 
@@ -141,7 +142,7 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
         front = Front(
             gateway=gateway, limits=settings.http,
             intake=Intake(facts, encode, capacity_tokens=capacity, decode=decode, render=render,
-                          max_job_tokens=settings.max_job_tokens),
+                          max_job_tokens=settings.max_job_tokens, pieces=TokenPieces(tokenizer)),
             api_keys=settings.api_keys, hosts=(*LOOPBACK, settings.host), created=int(time.time()), status=survey.told,
         )
         await roster.start()

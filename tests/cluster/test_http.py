@@ -143,7 +143,7 @@ def test_completions_under_one_job_id_are_cancelled_by_the_last_to_leave(make_wo
 
 
 @pytest.mark.parametrize("field", [
-    {"echo": True}, {"logprobs": 5}, {"suffix": "x"}, {"best_of": 2}, {"presence_penalty": 1}, {"logit_bias": {"1": 2}},
+    {"echo": True}, {"logprobs": 50}, {"suffix": "x"}, {"best_of": 2}, {"presence_penalty": 1}, {"logit_bias": {"1": 2}},
     {"unknown": 1}, {"stream_options": 5}, {"stream_options": {"x": 1}}, {"n": 0}, {"n": 10**9}, {"n": True},
     {"prompt": ["a"] * 17}, {"prompt": ["a", 1]}, {"prompt": [[]]}, {"prompt": [[1], "a"]}, {"prompt": {}},
     {"prompt": [{"text": "a", "token_ids": [1]}]}, {"prompt": [{"x": 1}]}, {"job_id": "x", "n": 2}, {"model": 5},
