@@ -194,6 +194,12 @@ class Intake:
         ids, _ = await self._prompt(prompt)
         return list(memoryview(ids).cast("i"))
 
+    def prompt_text(self, prompt: Any) -> str:
+        """What a prompt that `spec` took says, in text; token ids are decoded."""
+        pieces = [prompt] if isinstance(prompt, str) or not isinstance(prompt[0], dict) else prompt
+        parts: list[Any] = [piece.get("text", piece.get("token_ids")) if isinstance(piece, dict) else piece for piece in pieces]
+        return "".join(part if isinstance(part, str) else self.decode(part) for part in parts)
+
     def checked_ids(self, ids: Any, where: str) -> list[int]:
         """A list of ids of this model's vocabulary. Raises InvalidRequest."""
         self._ids(ids, where)

@@ -28,9 +28,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def add_routes(router: APIRouter, front: Front) -> None:
-    """The route of this dialect, on a router with the prefix /v1."""
+    """The route of this dialect."""
 
-    @router.post("/chat/completions")
+    @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, front.limits)
         return await respond(request, await _begin(front, body, request.state.tenant))

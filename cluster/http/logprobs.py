@@ -36,9 +36,8 @@ def wanted_by_chat(fields: Fields) -> int | None:
 class Offsets:
     """Where each token's text begins in the text of its choice, in characters."""
 
-    def __init__(self, pieces: Pieces, start: int = 0) -> None:
-        """start: characters before the first token."""
-        self._pieces, self._at, self._first = pieces, start, True
+    def __init__(self, pieces: Pieces) -> None:
+        self._pieces, self._at, self._first = pieces, 0, True
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def take(self, ids: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""OpenAI's dialect: /v1/models, and /v1/completions with SSE; chat is in chat.py.
+"""OpenAI's dialect: /v1/models, and /v1/completions with SSE; chat is in chat.py, /tokenize in tokens.py.
 
 Beyond OpenAI's fields a request may carry top_k, job_id, deadline_s, stop_token_ids, ignore_eos, policy, cache_salt and
 return_token_ids; the response carries "kvbank" with the job's id and receipt. What is not supported is refused by name,
@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from kvbank.cluster.http import chat
+from kvbank.cluster.http import chat, tokens
 from kvbank.cluster.http.app import Front, read_body
 from kvbank.cluster.http.choices import NEUTRAL, Choices, check, check_model, finish_reason, read_wish, respond, submit
 from kvbank.cluster.http.logprobs import Offsets, completion_logprobs, wanted_by_completion
@@ -20,33 +20,34 @@ from kvbank.cluster.intake import Fields
 from kvbank.cluster.job import Job, Piece
 from kvbank.errors import InvalidRequest
 
-KNOWN = frozenset({"best_of", "logprobs"})
-_NEUTRAL: dict[str, tuple[Any, ...]] = {**NEUTRAL, "echo": (False,), "suffix": ("",)}
+KNOWN = frozenset({"best_of", "logprobs", "echo"})
+_NEUTRAL: dict[str, tuple[Any, ...]] = {**NEUTRAL, "suffix": ("",)}
 
 
 def routes(front: Front) -> APIRouter:
     """The routes of this dialect."""
-    router = APIRouter(prefix="/v1")
+    router = APIRouter()
     model = {
         "id": front.intake.facts.name, "object": "model", "created": front.created, "owned_by": "kvbank",
         "max_model_len": front.intake.facts.max_position,
     }
 
-    @router.get("/models")
+    @router.get("/v1/models")
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [model]})
 
-    @router.get("/models/{name:path}")
+    @router.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
         check_model(front, name)
         return JSONResponse(model)
 
-    @router.post("/completions")
+    @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
         body = await read_body(request, front.limits)
         return await respond(request, await _begin(front, body, request.state.tenant))
 
     chat.add_routes(router, front)
+    tokens.add_routes(router, front)
     return router
 
 
@@ -56,8 +57,13 @@ async def _begin(front: Front, body: dict[str, Any], tenant: str) -> Choices:
     _check_best_of(front, fields)
     prompts = _prompts(body.get("prompt"))
     wish = read_wish(body, fields, len(prompts), wanted_by_completion(fields))
+    echo = fields.flag("echo", False)
+    if echo and wish.logprobs is not None:
+        raise InvalidRequest("echo together with logprobs is not supported: the prompt's own log-probabilities are not kept")
     jobs = await submit(front, body, prompts, tenant, max_tokens=16, logprobs=wish.logprobs)
-    return Choices(front, jobs, wish, _Text(front, jobs))
+    each = len(jobs) // len(prompts)
+    echoes = [front.intake.prompt_text(prompt) for prompt in prompts for _ in range(each)] if echo else [""] * len(jobs)
+    return Choices(front, jobs, wish, _Text(front, echoes))
 
 
 class _Text:
@@ -65,16 +71,19 @@ class _Text:
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, front: Front, jobs: list[Job]) -> None:
-        self._pieces = front.intake.pieces
-        self._offsets = [Offsets(self._pieces) for _ in jobs]
+    def __init__(self, front: Front, echoes: list[str]) -> None:
+        """echoes: of each choice, the prompt's text that its own begins with."""
+        self._pieces, self._echoes = front.intake.pieces, echoes
+        self._offsets = [Offsets(self._pieces) for _ in echoes]
 
     def opening(self, number: int) -> dict[str, Any] | None:
-        return None
+        if not (echo := self._echoes[number]):
+            return None
+        return {"index": number, "text": echo, "logprobs": None, "finish_reason": None}
 
     def choice(self, number: int, job: Job) -> dict[str, Any]:
-        return {"index": number, "text": job.output_text, "logprobs": self._logprobs(number, job, 0, job.ids),
-                "finish_reason": job.finish_reason}
+        return {"index": number, "text": self._echoes[number] + job.output_text,
+                "logprobs": self._logprobs(number, job, 0, job.ids), "finish_reason": job.finish_reason}
 
     def delta(self, number: int, job: Job, piece: Piece) -> dict[str, Any]:
         return {"index": number, "text": piece.text, "logprobs": self._logprobs(number, job, piece.index, piece.token_ids),

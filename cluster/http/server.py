@@ -34,6 +34,7 @@ from kvbank.proto.control_pb2 import Member
 log = logging.getLogger(__name__)
 
 HEADERS_S = 10.0                     # a connection must send its first request's headers within this
+HEADER_BYTES = 32 << 10              # of one request; more is answered 400 and hung up on
 MAX_CONNECTIONS = 2048
 FRAME_BYTES = 8192                   # what a parked span takes on the host beside its KV, at most
 
@@ -243,7 +244,7 @@ class GatewayServer:
         config = uvicorn.Config(
             build_app(assembly.front), http=_PatientProtocol, ws="none", lifespan="off", log_config=None,
             access_log=False, server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=1,
-            limit_concurrency=MAX_CONNECTIONS,
+            limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=HEADER_BYTES,
         )
         self._server = _Uvicorn(config, self._ready)
         assert self._socket is not None

@@ -134,8 +134,8 @@ def test_offsets_count_characters_not_bytes() -> None:
             return bytes([token])
 
     ids = list("é!".encode())
-    offsets = Offsets(Bytes(), start=10)
+    offsets = Offsets(Bytes())
     found = offsets.take(ids[:1]) + offsets.take(ids[1:])
-    assert found == [10, 10, 11]
+    assert found == [0, 0, 1]
     told = completion_logprobs(Bytes(), ids, [Logprob(-1.0)] * 3, found)
     assert told["tokens"] == ["bytes:\\xc3", "bytes:\\xa9", "!"] and told["top_logprobs"][0] == {"bytes:\\xc3": -1.0}
