@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kvbank.cluster.config import is_loopback
 from kvbank.cluster.gateway import Gateway, GatewayLimits
-from kvbank.cluster.http.app import Front, HttpLimits, build_app
+from kvbank.cluster.http.app import Front, HttpLimits, build_app, error_body
 from kvbank.cluster.http.doors import LOOPBACK
 from kvbank.cluster.intake import Intake, ModelFacts
 from kvbank.cluster.job import TextStream
@@ -26,7 +27,7 @@ from kvbank.cluster.links import Links
 from kvbank.cluster.placement import choose_worker
 from kvbank.cluster.roster import Roster
 from kvbank.cluster.survey import Survey
-from kvbank.errors import ConfigError
+from kvbank.errors import ConfigError, InvalidRequest
 from kvbank.kvstore.hashing import block_keys, root_key
 from kvbank.kvstore.layout import Layout
 from kvbank.proto.control_pb2 import Member
@@ -34,7 +35,8 @@ from kvbank.proto.control_pb2 import Member
 log = logging.getLogger(__name__)
 
 HEADERS_S = 10.0                     # a connection must send its first request's headers within this
-HEADER_BYTES = 32 << 10              # of one request; more is answered 400 and hung up on
+HEADER_BYTES = 32 << 10              # of one request; an endless head is hung up on, a long one answered 431
+HEADERS = 100
 MAX_CONNECTIONS = 2048
 FRAME_BYTES = 8192                   # what a parked span takes on the host beside its KV, at most
 
@@ -242,7 +244,7 @@ class GatewayServer:
         assembly: Assembly = await self._assemble()
         self.gateway = assembly.front.gateway
         config = uvicorn.Config(
-            build_app(assembly.front), http=_PatientProtocol, ws="none", lifespan="off", log_config=None,
+            _HeadLimit(build_app(assembly.front)), http=_PatientProtocol, ws="none", lifespan="off", log_config=None,
             access_log=False, server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=1,
             limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=HEADER_BYTES,
         )
@@ -293,6 +295,29 @@ class _Uvicorn(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         self._up.set()
+
+
+class HeadTooLarge(InvalidRequest):
+    """A request has too many headers, or too long ones."""
+
+    http_status = 431
+
+
+class _HeadLimit:
+    """Refuses long heads before anything looks into them. The parser alone bounds only those that come in pieces."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            headers = scope["headers"]
+            size = sum(len(name) + len(value) for name, value in headers) + len(scope["raw_path"]) + len(scope["query_string"])
+            if len(headers) > HEADERS or size > HEADER_BYTES:
+                error = HeadTooLarge(f"a request may have {HEADERS} headers and {HEADER_BYTES} bytes of them and its address")
+                await JSONResponse(error_body(error), status_code=error.http_status)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class _PatientProtocol(H11Protocol):
