@@ -61,8 +61,10 @@ class Client:
         self, prompt: Prompt, *, max_tokens: int = 16, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
         seed: int | None = None, stop: str | list[str] | None = None, stop_token_ids: list[int] | None = None,
         ignore_eos: bool = False, policy: str = "exact", job_id: str | None = None, deadline_s: float | None = None,
+        cache_salt: str | None = None,
     ) -> Job:
-        """Hand a job in and return at once. The same `job_id` with the same content is the job already there."""
+        """Hand a job in and return at once. The same `job_id` with the same content is the job already there.
+        Jobs with a `cache_salt` share KV with jobs of the same salt only."""
         body = _body(locals())
         for last in (False, True):                   # the job has a name: sending it twice makes one job
             try:
@@ -161,6 +163,7 @@ class AsyncClient:
         self, prompt: Prompt, *, max_tokens: int = 16, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
         seed: int | None = None, stop: str | list[str] | None = None, stop_token_ids: list[int] | None = None,
         ignore_eos: bool = False, policy: str = "exact", job_id: str | None = None, deadline_s: float | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncJob:
         """As Client.submit."""
         body = _body(locals())

@@ -145,6 +145,7 @@ class HttpSettings:
     api_keys: Mapping[str, str] = _set("keys", {}, "{key: tenant or tenant:ops}; empty: any key is tenant `default`", secret=True)
     api_keys_file: str | None = _set("path", None, "the same as a YAML file, read again whenever it changes", none=True)
     max_body_bytes: int = _set("size", 8 << 20, "largest request body: long prompts are the point", low=1024, high=1 << 30)
+    max_job_tokens: int | None = _set("int", None, "prompt and output tokens of one job; none: no bound", low=2, none=True)
     max_jobs: int = _set("int", 1024, "jobs the gateway carries at once; one more is Overloaded", low=1, high=1 << 20)
     tenant_jobs: int | None = _set("int", None, "of them, of one tenant; default: all", low=1, high=1 << 20, none=True)
     tenant_tokens_per_s: float | None = _set("float", None, "prompt and output tokens one tenant may ask for; default: any",

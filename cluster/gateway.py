@@ -75,7 +75,7 @@ class Gateway:
         links: Links,
         choose: Choose,
         open_text: Callable[[tuple[str, ...]], TextStream],
-        block_keys: Callable[[str, bytes], bytes] = lambda _tenant, _prompt: b"",
+        block_keys: Callable[[str, bytes], bytes] = lambda _key_space, _prompt: b"",
         eos_ids: Sequence[int] = (),
         limits: GatewayLimits | None = None,
         meters: Meters | None = None,
@@ -189,7 +189,7 @@ class Gateway:
             started_at=self._clock(),
             homeless_since=self._clock(),
             prompt_tokens=spec.prompt_tokens,
-            keys=self._block_keys(spec.tenant, spec.prompt),
+            keys=self._block_keys(spec.key_space, spec.prompt),
         )
         job.progress.total = spec.prompt_tokens
         self._jobs[(spec.tenant, job.id)] = job

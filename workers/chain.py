@@ -48,6 +48,7 @@ from kvbank.workers.chain_frames import (
     Unpark,
     Want,
     placed,
+    unpack_logprobs,
 )
 from kvbank.workers.chain_link import LeadLink, LinkBroken, Onward
 from kvbank.workers.seams import BackendLost, BankEvent
@@ -215,6 +216,7 @@ class Chain:
             mine.forward_s += result.forward_s
             mine.remote_calls += result.remote_calls
             mine.tokens = list(result.tokens)              # of the last one in the end
+            mine.logprobs = unpack_logprobs(result.logprobs, len(plan.draws))
             for uid, why in result.lost:
                 mine.lost[uid] = why if why == "tainted" else mine.lost.get(uid, why)     # the worst of all
                 lost.setdefault(uid, set()).add(link.shard)

@@ -51,6 +51,7 @@ from kvbank.workers.chain_frames import (
     Step,
     Unpark,
     Want,
+    pack_logprobs,
     unpack_span,
 )
 from kvbank.workers.chain_link import LinkBroken, Onward
@@ -228,7 +229,7 @@ class Follower:
                 session.send(Logits(plan.step, row.numpy().tobytes()))
         lost = tuple((self.loans.theirs(uid), why) for uid, why in result.lost.items())
         session.send(Result(plan.step, tuple(result.tokens), lost, result.remote_calls, result.forward_s,
-                            self.shard.parkable()))
+                            self.shard.parkable(), pack_logprobs(result.logprobs)))
         self.counters.steps += 1
         self.counters.rows += plan.num_rows
         self.counters.forward_s += result.forward_s
