@@ -27,6 +27,7 @@ from kvbank.cluster.intake import JobSpec
 from kvbank.cluster.job import Job, TextStream
 from kvbank.cluster.links import Links
 from kvbank.cluster.meters import Meters
+from kvbank.cluster.quotas import Quotas
 from kvbank.cluster.roster import RecentPrefixes, Worker
 from kvbank.errors import InvalidRequest, KVBankError, NotFound, Overloaded, Unavailable
 from kvbank.proto import jobs_pb2
@@ -38,6 +39,8 @@ class GatewayLimits:
     """Bounds of one gateway; every wait and every store has one."""
 
     max_jobs: int = 1024             # jobs not over; one more is Overloaded
+    tenant_jobs: int | None = None   # of them, of one tenant
+    tenant_tokens_per_s: float | None = None     # prompts and outputs that one tenant may ask for
     lanes_per_worker: int = 200      # Submit streams open to one worker at once
     retained_jobs: int = 4096        # jobs that are over and can still be read
     retained_s: float = 3600.0
@@ -95,6 +98,7 @@ class Gateway:
         self._suspects: dict[tuple[str, bytes], float] = {}
         self._recent = RecentPrefixes()
         self._room = asyncio.Event()                 # a lane came free or the members changed
+        self._quotas = Quotas(jobs=self.limits.tenant_jobs, tokens_per_s=self.limits.tenant_tokens_per_s)
         self._last_age = 0.0
         self._stopping = False
         roster.on_change(self._members_changed)
@@ -104,7 +108,8 @@ class Gateway:
     def submit(self, spec: JobSpec) -> Job:
         """Admit a job, or return the one that this tenant already submitted under this job_id with this content.
 
-        Raises Overloaded when the bounded queue is full, InvalidRequest when the job_id names something else.
+        Raises Overloaded when the bounded queue is full or the tenant has had its share, InvalidRequest when the job_id names
+        something else.
         """
         if spec.job_id is not None and (known := self._jobs.get((spec.tenant, spec.job_id))) is not None:
             if known.spec.fingerprint != spec.fingerprint:
@@ -118,6 +123,11 @@ class Gateway:
                 f"{self.live} jobs are waiting or running, which is the limit; retry later",
                 retry_after_s=self._retry_after(),
             )
+        try:
+            self._quotas.admit(spec.tenant, spec.prompt_tokens + spec.max_tokens, self._clock())
+        except Overloaded:
+            self.meters.refused("overloaded")
+            raise
         job = self._admit(spec)
         task = asyncio.create_task(self._run(job))
         self._tasks.add(task)
@@ -221,6 +231,7 @@ class Gateway:
 
     def _close(self, job: Job, error: KVBankError | None) -> None:
         job.end(self._clock(), error=error)
+        self._quotas.release(job.spec.tenant)
         self._over[(job.spec.tenant, job.id)] = job.ended_at
         self._finish_receipt(job)
         self.meters.ended(job)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvbank.kvstore.layout import BlockKey, SlotId
+from kvbank.kvstore.transport.badge import Badge
 from kvbank.workers.batch import StepPlan, StepResult
 from kvbank.workers.batch import unpack as unpack_plan
 from kvbank.workers.chain_frames import (
@@ -79,14 +80,14 @@ class Follower:
     """One per member with shard > 0. `run` is its thread."""
 
     def __init__(
-        self, shard: LocalShard, number: int, shards: int, *, hidden_size: int, token: str,
+        self, shard: LocalShard, number: int, shards: int, *, hidden_size: int, badge: Badge | str,
         likeness: tuple[tuple[str, str], ...], bank: ShardBank, fetcher: Fetcher | None = None,
     ) -> None:
         """likeness: what the leader must have alike. bank: this shard's own; its events are polled between commands.
         fetcher: of this shard's tiers, where it has some."""
         self.shard, self.number, self.last = shard, number, number == shards - 1
         self._size, self._dtype = hidden_size, getattr(torch, shard.layout.dtype)
-        self._token, self._likeness = token, likeness
+        self._badge, self._likeness = badge, likeness
         self.service = ShardService()
         self.counters = FollowerCounters()
         self.books = Books(shard.arena.num_slots, 0)
@@ -172,7 +173,7 @@ class Follower:
             raise SessionOver(f"shard {self.number} has {name} {mine.get(name)}, the leader {theirs.get(name)} "
                               f"for its shard {hello.shard}")
         if not self.last:
-            self._onward = Onward(hello.next_address, self._token, hello.chain,
+            self._onward = Onward(hello.next_address, self._badge, hello.chain,
                                   on_end=lambda: self.service.arrivals.put((session, None)))
         session.chain = hello.chain
         self.service.current = session

@@ -204,7 +204,7 @@ class Reuse:
         start, stop = index * self._span, index * self._span + hit.blocks * self._block
         try:                                   # held until copied: neither our own slot nor a loan may evict it
             if mine is None:
-                (mine,) = self._vault.new_spans(1)
+                (mine,) = self._vault.new_spans(1, seq.owner)
                 seq.table.put(index, mine)
             assert hit.span.slot is not None and mine.slot is not None
             self._backend.copy_tokens(hit.span.slot, mine.slot, hole - start, stop - start)
@@ -241,7 +241,7 @@ class Reuse:
         if state == "here":
             mine = seq.table.at(index)
             if mine is None:
-                (mine,) = self._vault.new_spans(1)
+                (mine,) = self._vault.new_spans(1, seq.owner)
                 seq.table.put(index, mine)
             assert mine.slot is not None
             source = self._fetcher.load(seq.job.id, key, mine.slot, hole - start)

@@ -267,7 +267,7 @@ class Scheduler:
             if seq.table.at(index) is not None:
                 continue
             try:
-                (span,) = self.vault.new_spans(1)
+                (span,) = self.vault.new_spans(1, seq.owner)
             except OutOfSlots:                          # also when a lending thread was faster
                 return max(start, index * self._span)
             seq.table.put(index, span)

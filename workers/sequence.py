@@ -87,6 +87,11 @@ class Sequence:
         return (self.job.age, self.job.id)
 
     @property
+    def owner(self) -> str:
+        """Whom its slots count against."""
+        return self.job.tenant
+
+    @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 

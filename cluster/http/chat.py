@@ -19,6 +19,7 @@ from kvbank.cluster.http.logprobs import chat_logprobs, wanted_by_chat
 from kvbank.cluster.job import Job, Piece
 from kvbank.errors import InvalidRequest
 
+ANSWER_TOKENS = 4096                 # at most, of a chat that names no limit: quotas charge what an answer may become
 KNOWN = frozenset({"messages", "logprobs", "top_logprobs"})
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **choices.NEUTRAL, "response_format": ({"type": "text"},), "modalities": (["text"],), "tools": ([],), "functions": ([],),
@@ -44,7 +45,7 @@ async def _begin(front: Front, body: dict[str, Any], tenant: str) -> Choices:
     fields = check(front, body, KNOWN, NEUTRAL)
     wish = read_wish(body, fields, 1, wanted_by_chat(fields))
     prompt = await front.intake.chat(body.get("messages"))
-    jobs = await submit(front, body, [prompt], tenant, max_tokens=None, logprobs=wish.logprobs)
+    jobs = await submit(front, body, [prompt], tenant, max_tokens=ANSWER_TOKENS, fitting=True, logprobs=wish.logprobs)
     return Choices(front, jobs, wish, _Chat(front))
 
 

@@ -56,7 +56,7 @@ FIELDS: dict[str, Schema] = {
     "prompt": {"description": "Text, token ids, or segments of both.", "anyOf": [
         _TEXT, _IDS, _list(named("Segment"), maxItems=MAX_SEGMENTS)]},
     "messages": _list(named("Message"), minItems=1, maxItems=MAX_MESSAGES),
-    "max_tokens": _integer(1, 2**31 - 1, "Tokens of the answer at most. Default 16; in a chat all that fit."),
+    "max_tokens": _integer(1, 2**31 - 1, "Tokens of the answer at most. Default 16; in a chat 4096, or what fits."),
     "max_completion_tokens": _integer(1, 2**31 - 1, "Another name of max_tokens."),
     "temperature": _number(0, 2, "0 is greedy. Default 1 in OpenAI's dialects, 0 in /v1/jobs."),
     "top_p": _number(0, 1, "The likeliest tokens that together reach this probability.", exclusiveMinimum=0, default=1),

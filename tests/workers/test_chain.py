@@ -71,7 +71,7 @@ class Member:
     def __init__(self, config: WorkerConfig, likeness: tuple[tuple[str, str], ...], shelves: StoreConfig) -> None:
         self.parts, self.store, self.fetcher = shard_with_shelves(config, shelves, lambda: self.follower.fetched())
         self.follower = Follower(
-            self.parts.shard, config.shard, config.shards, hidden_size=self.parts.model.hidden_size, token=TOKEN,
+            self.parts.shard, config.shard, config.shards, hidden_size=self.parts.model.hidden_size, badge=TOKEN,
             likeness=likeness, bank=NoBank(), fetcher=self.fetcher)
         self.server = rpc.server(TOKEN)
         self.server.add_generic_rpc_handlers((self.follower.service.handlers(),))
@@ -103,7 +103,7 @@ class Replica:
         config = WorkerConfig(**self.config, shard=0)
         self.members: dict[int, Member | None] = {shard: self.start(shard) for shard in range(1, shards)}
         self.parts, self.store, self.fetcher = shard_with_shelves(config, self.shelves, lambda: self.engine.wake.set())
-        self.chain = Chain(self.parts.shard, shards, token=TOKEN, likeness=self.likeness, find=self.find,
+        self.chain = Chain(self.parts.shard, shards, badge=TOKEN, likeness=self.likeness, find=self.find,
                            wake=lambda: self.engine.wake.set(), timings=timings)
         vault = Vault(config.num_slots, blocks_per_span=self.parts.layout.blocks_per_span, on_evict=self.chain.spill,
                       on_scrub=self.chain.scrub)
