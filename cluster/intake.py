@@ -139,17 +139,17 @@ class Intake:
         self._capacity_tokens, self._max_job_tokens = capacity_tokens, max_job_tokens
 
     async def spec(
-        self, body: Mapping[str, Any], *, tenant: str, temperature: float = 0.0, max_tokens: int | None = 16,
-        logprobs: int | None = None,
+        self, body: Mapping[str, Any], *, tenant: str, temperature: float = 0.0, max_tokens: int = 16,
+        fitting: bool = False, logprobs: int | None = None,
     ) -> JobSpec:
         """The job that `body` asks for. Raises InvalidRequest.
 
-        temperature, max_tokens: the dialect's defaults; max_tokens None: all that the model and the cluster have room for.
+        temperature, max_tokens: the dialect's defaults. fitting: the default of max_tokens is cut to the room that is left.
         body["prompt"]: what a caller may send, or a Rendered.
         """
         fields = Fields(body)
         fields.refuse_unknown(SPEC_FIELDS)
-        wanted = fields.integer("max_tokens", max_tokens, low=1, high=2**31 - 1)
+        wanted = fields.integer("max_tokens", None, low=1, high=2**31 - 1)
         stop = _stop(body.get("stop"))
         policy = fields.text("policy", "exact")
         if policy not in POLICIES:
@@ -177,7 +177,9 @@ class Intake:
         }
         deadline_s = fields.number("deadline_s", None, low=0.0, high=30 * 86_400.0, open_low=True)
         prompt, segments = await self._prompt(body.get("prompt"))
-        sampling["max_tokens"] = max(1, self.room_tokens() - len(prompt) // 4) if wanted is None else wanted
+        if wanted is None:
+            wanted = max(1, min(max_tokens, self.room_tokens() - len(prompt) // 4)) if fitting else max_tokens
+        sampling["max_tokens"] = wanted
         self._check_length(len(prompt) // 4, sampling["max_tokens"])
         return JobSpec(
             tenant=tenant, prompt=prompt, segments=segments, deadline_s=deadline_s, job_id=job_id,

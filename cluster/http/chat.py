@@ -12,15 +12,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from kvbank.cluster.http import choices
 from kvbank.cluster.http.app import Front, read_body
-from kvbank.cluster.http.choices import NEUTRAL, Choices, check, finish_reason, read_wish, respond, submit
+from kvbank.cluster.http.choices import Choices, check, finish_reason, read_wish, respond, submit
 from kvbank.cluster.http.logprobs import chat_logprobs, wanted_by_chat
 from kvbank.cluster.job import Job, Piece
 from kvbank.errors import InvalidRequest
 
+ANSWER_TOKENS = 4096                 # at most, of a chat that names no limit: quotas charge what an answer may become
 KNOWN = frozenset({"messages", "logprobs", "top_logprobs"})
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **NEUTRAL, "response_format": ({"type": "text"},), "modalities": (["text"],), "tools": ([],), "functions": ([],),
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **choices.NEUTRAL, "response_format": ({"type": "text"},), "modalities": (["text"],), "tools": ([],), "functions": ([],),
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "parallel_tool_calls": (True, False),
     "audio": (), "prediction": (), "web_search_options": (),
     "reasoning_effort": ("none",), "verbosity": ("medium",), "chat_template": (), "chat_template_kwargs": ({},),
@@ -40,10 +42,10 @@ async def _begin(front: Front, body: dict[str, Any], tenant: str) -> Choices:
     """Check the request and submit its jobs: all or none."""
     if "prompt" in body:
         raise InvalidRequest("a chat has messages and no prompt; send a prompt to /v1/completions")
-    fields = check(front, body, KNOWN, _NEUTRAL)
+    fields = check(front, body, KNOWN, NEUTRAL)
     wish = read_wish(body, fields, 1, wanted_by_chat(fields))
     prompt = await front.intake.chat(body.get("messages"))
-    jobs = await submit(front, body, [prompt], tenant, max_tokens=None, logprobs=wish.logprobs)
+    jobs = await submit(front, body, [prompt], tenant, max_tokens=ANSWER_TOKENS, fitting=True, logprobs=wish.logprobs)
     return Choices(front, jobs, wish, _Chat(front))
 
 

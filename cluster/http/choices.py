@@ -81,10 +81,11 @@ def read_wish(body: Mapping[str, Any], fields: Fields, prompts: int, logprobs: i
 
 
 async def submit(
-    front: Front, body: Mapping[str, Any], prompts: Sequence[Any], tenant: str, *, max_tokens: int | None,
-    logprobs: int | None,
+    front: Front, body: Mapping[str, Any], prompts: Sequence[Any], tenant: str, *, max_tokens: int,
+    fitting: bool = False, logprobs: int | None,
 ) -> list[Job]:
-    """Check each prompt and submit n jobs of it: all or none. Raises InvalidRequest, Overloaded."""
+    """Check each prompt and submit n jobs of it: all or none. max_tokens, fitting: see Intake.spec. Raises InvalidRequest,
+    Overloaded."""
     n = Fields(body).integer("n", 1, low=1, high=front.limits.choices)
     if len(prompts) * n > front.limits.choices:
         raise InvalidRequest(
@@ -96,7 +97,7 @@ async def submit(
     specs: list[JobSpec] = []
     for prompt in prompts:
         spec = await front.intake.spec({**common, "prompt": prompt}, tenant=tenant, temperature=1.0, max_tokens=max_tokens,
-                                       logprobs=logprobs)
+                                       fitting=fitting, logprobs=logprobs)
         specs += [spec if not copy or spec.seed is None else replace(spec, seed=(spec.seed + copy) % SEEDS)
                   for copy in range(n)]
     jobs: list[Job] = []

@@ -12,16 +12,16 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from kvbank.cluster.http import chat, tokens
+from kvbank.cluster.http import chat, choices, openapi, tokens
 from kvbank.cluster.http.app import Front, read_body
-from kvbank.cluster.http.choices import NEUTRAL, Choices, check, check_model, finish_reason, read_wish, respond, submit
+from kvbank.cluster.http.choices import Choices, check, check_model, finish_reason, read_wish, respond, submit
 from kvbank.cluster.http.logprobs import Offsets, completion_logprobs, wanted_by_completion
 from kvbank.cluster.intake import Fields
 from kvbank.cluster.job import Job, Piece
 from kvbank.errors import InvalidRequest
 
 KNOWN = frozenset({"best_of", "logprobs", "echo"})
-_NEUTRAL: dict[str, tuple[Any, ...]] = {**NEUTRAL, "suffix": ("",)}
+NEUTRAL: dict[str, tuple[Any, ...]] = {**choices.NEUTRAL, "suffix": ("",)}
 
 
 def routes(front: Front) -> APIRouter:
@@ -48,12 +48,13 @@ def routes(front: Front) -> APIRouter:
 
     chat.add_routes(router, front)
     tokens.add_routes(router, front)
+    openapi.add_routes(router)
     return router
 
 
 async def _begin(front: Front, body: dict[str, Any], tenant: str) -> Choices:
     """Check the request and submit its jobs: all or none."""
-    fields = check(front, body, KNOWN, _NEUTRAL)
+    fields = check(front, body, KNOWN, NEUTRAL)
     _check_best_of(front, fields)
     prompts = _prompts(body.get("prompt"))
     wish = read_wish(body, fields, len(prompts), wanted_by_completion(fields))
