@@ -143,6 +143,8 @@ class Attempt:
             if job.text.stopped:
                 self._on_stop()
                 break
+        if len(job.ids) > before:
+            job.enter("decode", now)
         self._on_tokens(len(job.ids) - before)
         job.announce()
         return True
@@ -151,6 +153,7 @@ class Attempt:
         told = self._job.progress
         told.state, told.waits_for = progress.state, progress.waits_for
         told.computed, told.total = progress.computed, progress.total
+        self._job.enter(progress.state or "queued", self._clock(), progress.waits_for)
         self._job.announce()
 
     def _done(self, done: jobs_pb2.Done) -> None:

@@ -23,6 +23,7 @@ from kvbank.cluster.http.doors import LOOPBACK
 from kvbank.cluster.intake import Intake, ModelFacts
 from kvbank.cluster.job import TextStream
 from kvbank.cluster.links import Links
+from kvbank.cluster.ops import Ops
 from kvbank.cluster.placement import choose_worker
 from kvbank.cluster.roster import Roster
 from kvbank.cluster.survey import Survey
@@ -133,6 +134,7 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
         front = Front(
             gateway=gateway, intake=Intake(facts, encode, capacity_tokens=capacity), limits=settings.http,
             api_keys=settings.api_keys, hosts=(*LOOPBACK, settings.host), created=int(time.time()), status=survey.told,
+            borrowed=lambda: survey.borrowed, ops=Ops(roster, links),
         )
         await roster.start()
         return Assembly(front, roster)
