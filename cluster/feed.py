@@ -75,7 +75,7 @@ class Feed:
     # -- an Observer of the gateway ----------------------------------------------------------------------------------
 
     def admitted(self, job: Job) -> None:
-        self._note(Happening(JOB, INFO, f"job {_short(job.id)} admitted, {job.prompt_tokens} prompt tokens", job=job.wire_id))
+        self._note(Happening(JOB, INFO, f"{_named(job)} admitted, {job.prompt_tokens} prompt tokens", job=job.wire_id))
 
     def refused(self, code: str) -> None:
         self._note(Happening(JOB, WARN, f"a job was refused: {code}"))
@@ -84,13 +84,13 @@ class Feed:
         self._tokens += count
 
     def lost(self, job: Job, worker: str, reason: str) -> None:
-        text = f"job {_short(job.id)} lost attempt {job.attempt} on {worker}: {reason}"
+        text = f"{_named(job)} lost attempt {job.attempt} on {worker}: {reason}"
         self._note(Happening(JOB, WARN, text, worker, job.wire_id))
 
     def ended(self, job: Job) -> None:
         outcome = job.error.code if job.error is not None else job.finish_reason
         level = INFO if job.error is None or outcome == "cancelled" else BAD
-        text = f"job {_short(job.id)} ended: {outcome}, {len(job.ids)} tokens"
+        text = f"{_named(job)} ended: {outcome}, {len(job.ids)} tokens"
         self._note(Happening(JOB, level, text, job.worker, job.wire_id))
         self._ended.append(job)
         tokens = len(job.ids)
@@ -289,8 +289,9 @@ def _delta(before: Told, now: Told) -> Told:
                    "gone": [key for key in before[name] if key not in now[name]]} for name in now}
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 32 else name[:31] + "…"
+def _named(job: Job) -> str:
+    name = job.id if len(job.id) <= 24 else job.id[:19] + "…"
+    return name if name.startswith("job") else f"job {name}"
 
 
 def _json(value: Any) -> str:

@@ -10,12 +10,13 @@ const LEFT = 46;
 const BOTTOM = 18;
 const TOP = 8;
 const GAP_S = 5;
-const SPAN_S = 300;
+const SPANS_S = [60, 120, 300];    // as much time as there is news of
 
 export class Chart {
+  // limit: the key of what the values can at most be, if there is such a thing: the top of the axis, then.
   // series: [{key, name, class}], bottom first when stacked. format: a value with its unit. floor: least top of the axis.
-  constructor({ title, series, stacked = false, format, floor = 1, axis = format }) {
-    Object.assign(this, { title, series, stacked, format, floor, axis, points: [] });
+  constructor({ title, series, stacked = false, format, floor = 1, axis = format, limit = "" }) {
+    Object.assign(this, { title, series, stacked, format, floor, axis, limit, points: [] });
     this.grid = svg("g", { class: "grid" });
     this.paths = series.map((s) => svg("path", { class: `${stacked ? "area" : "line"} ${s.class}` }));
     this.cursor = svg("line", { class: "cursor", y1: TOP, y2: H - BOTTOM, visibility: "hidden" });
@@ -32,15 +33,19 @@ export class Chart {
       this.grid.append(line, label);
       return { line, label };
     });
-    this.grid.append(svg("text", { x: LEFT, y: H - 3, text: "−5 min" }),
+    this.since = svg("text", { x: LEFT, y: H - 3 });
+    this.grid.append(this.since,
       svg("text", { x: W, y: H - 3, "text-anchor": "end", text: "now" }));
   }
 
   update(points, now) {
-    this.points = points.filter((p) => p.at > now - SPAN_S);
-    this.now = now;
+    const age = points.length ? now - points[0].at : 0;
+    const spanned = SPANS_S.find((s) => s >= age) || SPANS_S[SPANS_S.length - 1];
+    this.points = points.filter((p) => p.at > now - spanned);
+    Object.assign(this, { now, spanned });
+    say(this.since, `−${spanned / 60} min`);
     const top = this.scale();
-    const x = (at) => LEFT + ((at - now + SPAN_S) / SPAN_S) * (W - LEFT);
+    const x = (at) => LEFT + ((at - now + spanned) / spanned) * (W - LEFT);
     const y = (value) => TOP + (1 - value / top) * (H - BOTTOM - TOP);
     this.x = x;
     this.lines.forEach(({ line, label }, i) => {
@@ -59,10 +64,11 @@ export class Chart {
     for (const point of this.points) {
       const value = this.stacked ? this.series.reduce((sum, s) => sum + (point[s.key] || 0), 0)
         : Math.max(...this.series.map((s) => point[s.key] || 0));
-      top = Math.max(top, value);
+      top = Math.max(top, value, this.limit ? point[this.limit] : 0);
     }
+    if (this.limit && top > this.floor) return top;
     const unit = 10 ** Math.floor(Math.log10(top));
-    return [1, 2, 4, 5, 6, 8, 10].map((step) => step * unit).find((step) => step >= top * 0.999);
+    return [1, 1.2, 1.6, 2, 2.4, 3, 4, 5, 6, 8, 10].map((step) => step * unit).find((step) => step >= top * 0.999);
   }
 
   line(key, x, y) {
@@ -94,7 +100,7 @@ export class Chart {
   point(event) {
     if (!this.points.length) return;
     const box = this.svg.getBoundingClientRect();
-    const at = this.now - SPAN_S + ((((event.clientX - box.left) / box.width) * W - LEFT) / (W - LEFT)) * SPAN_S;
+    const at = this.now - this.spanned + ((((event.clientX - box.left) / box.width) * W - LEFT) / (W - LEFT)) * this.spanned;
     this.pointed = this.points.reduce((best, p) => (Math.abs(p.at - at) < Math.abs(best.at - at) ? p : best));
     this.read();
   }

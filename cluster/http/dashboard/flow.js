@@ -22,7 +22,6 @@ export class Flow {
 
   update(flows) {
     this.empty.hidden = flows.length > 0;
-    set(this.svg, "hidden", flows.length ? null : true);
     this.svg.classList.toggle("gone", !flows.length);
     const drawn = flows.slice(0, MOST);
     const rest = flows.slice(MOST);
@@ -44,7 +43,7 @@ export class Flow {
       return sums;
     });
     const most = Math.max(sides[0].size, sides[1].size, 1);
-    const height = Math.max(96, most * 40);
+    const height = Math.max(170, most * 46);
     set(this.svg, "viewBox", `0 0 ${W} ${height}`);
     const room = height - (most - 1) * GAP - 16;
     const scale = Math.min(room / total, 6);
@@ -67,7 +66,7 @@ export class Flow {
 
   ribbon() {
     const path = svg("path", { class: "ribbon" });
-    const label = svg("text", { class: "ribbon-label", "text-anchor": "middle" });
+    const label = svg("text", { class: "ribbon-label" });
     const title = svg("title");
     const node = svg("g", {}, path, label, title);
     node.parts = { path, label, title };
@@ -84,8 +83,9 @@ export class Flow {
     const [x0, x1, mid] = [LEFT + NODE, RIGHT - NODE, W / 2];
     set(node.parts.path, "d", `M${x0} ${y0}C${mid} ${y0} ${mid} ${y1} ${x1} ${y1}V${y1 + b}C${mid} ${y1 + b} ${mid} ${y0 + a} ${x0} ${y0 + a}Z`);
     node.parts.path.classList.toggle("recalled", flow.recalled > 0);
-    set(node.parts.label, "x", mid);
-    set(node.parts.label, "y", (y0 + y1) / 2 + (a + b) / 4 + 4);
+    set(node.parts.label, "x", x0 + 10);
+    set(node.parts.label, "y", y0 + a / 2 + 4);
+    set(node.parts.label, "visibility", a < 11 ? "hidden" : null);
     say(node.parts.label, flow.recalled ? `${count(flow.blocks)} · ${count(flow.recalled)} recalled` : count(flow.blocks));
     say(node.parts.title, `${plural(flow.blocks, "block")} in ${plural(flow.loans, "loan")}, term ${seconds(flow.term_s)}, ${flow.recalled} recalled`);
   }

@@ -4,8 +4,7 @@ import { card, chip, el, keyed, say, set, svg, table } from "./dom.js";
 import { NONE, clock, count, plural, seconds } from "./format.js";
 import { Shares, reasonAbout, sourceAbout } from "./shares.js";
 
-const W = 960;
-const LEFT = 150;
+const LEFT = 132;
 const LANE = 34;
 export const PHASES = ["queued", "waiting", "fetching", "prefill", "replay", "decode"];
 
@@ -22,7 +21,7 @@ export class Job {
     this.reasons = new Shares({ about: reasonAbout, tint: "source-computed", empty: "Nothing was missed, or the job still runs." });
     this.receipt = el("dl", { class: "facts" });
     this.timeline = card("Timeline", "seconds since admission", el("ul", { class: "legend" }, PHASES.map((p) =>
-      el("li", {}, el("i", { class: `key phase-${p}` }), p)), el("li", {}, el("i", { class: "key borrowed" }), "borrowed blocks")),
+      el("li", {}, el("i", { class: `key phase-${p}` }), p)), el("li", {}, el("i", { class: "key borrowed" }), "borrowed blocks"), el("li", {}, el("i", { class: "key first" }), "first token")),
     el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Timeline" }, this.svg),
     el("details", {}, el("summary", { text: "The same as a table" }), this.moments.node));
     this.reuse = card("Prompt tokens by source", "", this.sources.node);
@@ -74,27 +73,30 @@ export class Job {
   draw(job) {
     const { moments, borrowed, left_out } = job.timeline;
     const end = Math.max(job.age_s, 1e-3);
-    const x = (at) => LEFT + (Math.min(at, end) / end) * (W - LEFT - 12);
-    const lanes = [...new Set(moments.map((m) => m.attempt))].sort((a, b) => a - b);
+    const width = Math.max(640, Math.round(this.svg.parentNode.clientWidth) || 960);
+    const x = (at) => LEFT + (Math.min(at, end) / end) * (width - LEFT - 22);
+    const laneOf = (m) => Math.max(1, m.attempt);         // before the first attempt it waits for that
+    const lanes = [...new Set(moments.map(laneOf))].sort((a, b) => a - b);
     const height = (lanes.length + 1) * LANE + 26;
-    set(this.svg, "viewBox", `0 0 ${W} ${height}`);
+    set(this.svg, "viewBox", `0 0 ${width} ${height}`);
     const parts = [];
-    for (let i = 0; i <= 5; i += 1) {
-      const at = (end * i) / 5;
+    const step = niceStep(end / 8);
+    for (let i = 0; i * step <= end; i += 1) {
+      const at = i * step;
       parts.push(svg("line", { class: "tick", x1: x(at), x2: x(at), y1: 4, y2: height - 20 }),
-        svg("text", { class: "tick-label", x: x(at), y: height - 5, "text-anchor": i === 5 ? "end" : "middle", text: i ? seconds(at) : "0 s" }));
+        svg("text", { class: "tick-label", x: x(at), y: height - 5, "text-anchor": "middle", text: `${Number(at.toPrecision(3))} s` }));
     }
     const rows = moments.map((m, i) => ({ ...m, until: i + 1 < moments.length ? moments[i + 1].at_s : end, key: String(i) }));
     lanes.forEach((attempt, lane) => {
       const y = lane * LANE + 6;
-      const mine = rows.filter((m) => m.attempt === attempt);
+      const mine = rows.filter((m) => laneOf(m) === attempt);
       const worker = mine.map((m) => m.worker).filter(Boolean).pop() || "";
-      parts.push(svg("text", { class: "lane", x: 0, y: y + 10, text: attempt ? `attempt ${attempt}` : "at the gateway" }),
+      parts.push(svg("text", { class: "lane", x: 0, y: y + 10, text: `attempt ${attempt}` }),
         svg("text", { class: "lane-about", x: 0, y: y + 22, text: worker.length > 22 ? `${worker.slice(0, 21)}…` : worker }));
       for (const m of mine) {
-        const width = Math.max(1.5, x(m.until) - x(m.at_s));
-        const label = width > 56 ? svg("text", { class: `phase-label on-${m.phase}`, x: x(m.at_s) + 6, y: y + 15, text: m.phase }) : null;
-        parts.push(svg("g", {}, svg("rect", { class: `phase-${m.phase}`, x: x(m.at_s), y, width, height: LANE - 12, rx: 2 }), label,
+        const size = Math.max(1.5, x(m.until) - x(m.at_s));
+        const label = size > 56 ? svg("text", { class: `phase-label on-${m.phase}`, x: x(m.at_s) + 6, y: y + 15, text: m.phase }) : null;
+        parts.push(svg("g", {}, svg("rect", { class: `phase-${m.phase}`, x: x(m.at_s), y, width: size, height: LANE - 12, rx: 2 }), label,
           svg("title", { text: `${m.phase} ${m.note ? `(${m.note}) ` : ""}for ${seconds(m.until - m.at_s)}` })));
         if (m.note.startsWith("lost")) parts.push(svg("text", { class: "lost", x: x(m.at_s) - 4, y: y + 15, "text-anchor": "end", text: m.note }));
       }
@@ -122,6 +124,11 @@ export class Job {
       [seconds(m.at_s), m.phase, seconds(m.until - m.at_s), m.attempt || NONE, m.worker || NONE, m.note || NONE].forEach((value, i) => say(row.children[i], value));
     });
   }
+}
+
+function niceStep(least) {
+  const unit = 10 ** Math.floor(Math.log10(least));
+  return [1, 2, 2.5, 5, 10].map((n) => n * unit).find((n) => n >= least);
 }
 
 export function facts(list, pairs) {

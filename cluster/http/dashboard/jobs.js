@@ -9,15 +9,18 @@ const COLUMNS = [
   { name: "Output, tokens", number: true }, { name: "Borrowed, blocks", number: true }, { name: "First token", number: true },
   { name: "Total", number: true }, { name: "Reused", number: true },
 ];
+export const BRIEF = [0, 2, 3, 4, 5, 6];
+const ALL = COLUMNS.map((_, i) => i);
 
 const stateOf = (job) => (isOver(job) ? job.outcome : job.phase || job.state);
 
-export function jobTable(caption) {
-  const { node, body } = table(caption, COLUMNS);
-  return { node, update: (jobs) => keyed(body, jobs, (job) => job.id, make, tell) };
+// columns: numbers of those shown, in order.
+export function jobTable(caption, columns = ALL) {
+  const { node, body } = table(caption, columns.map((i) => COLUMNS[i]));
+  return { node, update: (jobs) => keyed(body, jobs, (job) => job.id, (job) => make(job, columns), tell) };
 }
 
-function make(job) {
+function make(job, columns) {
   const cells = COLUMNS.map((column) => el("td", { class: column.number ? "number" : null }));
   const link = el("a", { href: `#/job/${encodeURIComponent(job.id)}`, text: job.name });
   const state = chip("ok");
@@ -26,7 +29,7 @@ function make(job) {
   cells[0].append(link);
   cells[2].append(state);
   cells[4].append(prompt, el("span", { class: "track thin" }, progress));
-  const row = el("tr", {}, cells);
+  const row = el("tr", {}, columns.map((i) => cells[i]));
   row.parts = { cells, state, progress, prompt };
   return row;
 }

@@ -3,7 +3,7 @@
 import { card, chip, el, keyed, say, set, table } from "./dom.js";
 import { NONE, count, seconds } from "./format.js";
 import { facts } from "./job.js";
-import { jobTable } from "./jobs.js";
+import { BRIEF, jobTable } from "./jobs.js";
 import { makeTier, tellTier } from "./overview.js";
 import { words } from "./shares.js";
 import { Bar, condition, legend } from "./vault.js";
@@ -19,7 +19,7 @@ export class Member {
     this.noTiers = el("p", { class: "empty", text: "This member has no shelf below its device." });
     this.loans = table("Loans of this member", [{ name: "Direction" }, { name: "Other member" }, { name: "Blocks", number: true }, { name: "Recalled, blocks", number: true }, { name: "Term", number: true }]);
     this.noLoans = el("p", { class: "empty", text: "It neither lends nor borrows now." });
-    this.jobs = jobTable("Jobs on this member");
+    this.jobs = jobTable("Jobs on this member", BRIEF);
     this.noJobs = el("p", { class: "empty", text: "No job runs here now." });
     this.counters = el("dl", { class: "counters" });
     this.buttons = actions.buttons(id);

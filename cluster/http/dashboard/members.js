@@ -2,7 +2,7 @@
 
 import { card, chip, el, keyed, say, set, table } from "./dom.js";
 import { NONE, bytes, count, plural } from "./format.js";
-import { Bar, condition, legend } from "./vault.js";
+import { Bar, condition, legend, longest } from "./vault.js";
 
 const COLUMNS = [{ name: "Member" }, { name: "State" }, { name: "Host" }, { name: "Process", number: true }, { name: "Vault" },
   { name: "Blocks", number: true }, { name: "In use", number: true }, { name: "Lent", number: true }, { name: "Cached", number: true },
@@ -26,7 +26,8 @@ export class Members {
     this.empty.hidden = members.length > 0;
     this.table.node.hidden = !members.length;
     say(this.empty, cluster.workers.size ? "No member fits this filter." : "No member is known yet.");
-    keyed(this.table.body, members, (w) => w.id, make, tell);
+    const scale = longest(members);
+    keyed(this.table.body, members, (w) => w.id, make, (row, w) => tell(row, w, scale));
   }
 }
 
@@ -42,14 +43,14 @@ function make(worker) {
   return row;
 }
 
-function tell(row, worker) {
-  if (row.worker === worker) return;
-  row.worker = worker;
+function tell(row, worker, scale) {
+  if (row.worker === worker && row.scale === scale) return;
+  Object.assign(row, { worker, scale });
   const { cells, bar, state } = row.parts;
   const now = condition(worker);
   set(state, "data-state", now);
   say(state, now === "ok" ? worker.kind : now);
-  bar.update(worker);
+  bar.update(worker, scale);
   const host = worker.tiers.find((tier) => tier.name === "host");
   const told = { 2: worker.host, 3: worker.pid || NONE, 5: count(worker.total), 6: count(worker.used), 7: count(worker.lent),
     8: count(worker.idle), 9: count(worker.borrowed), 10: host ? bytes(host.bytes_used) : NONE, 11: count(worker.recalls) };

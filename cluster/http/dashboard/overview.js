@@ -6,19 +6,21 @@ import { eventLine } from "./events.js";
 import { Flow } from "./flow.js";
 import { NONE, bytes, count, plural, seconds, share, span } from "./format.js";
 import { isOver } from "./cluster.js";
-import { jobTable } from "./jobs.js";
+import { BRIEF, jobTable } from "./jobs.js";
 import { Shares, reasonAbout, sourceAbout } from "./shares.js";
 import { VaultMap, legend } from "./vault.js";
 
 class Figure {
   constructor(name) {
-    this.value = el("dd", { class: "value" });
+    this.value = el("b");
+    this.second = el("small");
     this.about = el("dd", { class: "about" });
-    this.node = el("div", { class: "figure" }, el("dt", { text: name }), this.value, this.about);
+    this.node = el("div", { class: "figure" }, el("dt", { text: name }), el("dd", { class: "value" }, this.value, this.second), this.about);
   }
 
-  tell(value, about, state) {
+  tell(value, about, state, second) {
     say(this.value, value);
+    say(this.second, second || "");
     say(this.about, about);
     set(this.node, "data-state", state || "ok");
   }
@@ -39,25 +41,25 @@ export class Overview {
     this.misses = card("Why prompt tokens were computed", "", this.reasons.node);
     this.tiers = card("Shelves below the device", "all members together, now", el("ul", { class: "tiers" }), el("p", { class: "empty", text: "No host tier and no Redis here." }));
     this.charts = [
-      new Chart({ title: "Blocks by state", stacked: true, format: count, floor: 8, series: [
+      new Chart({ title: "Blocks by state", stacked: true, format: count, floor: 8, limit: "total", series: [
         { key: "used", name: "in use", class: "used" }, { key: "lent", name: "lent", class: "lent" }, { key: "idle", name: "cached", class: "idle" }] }),
       new Chart({ title: "Output tokens per second", format: (v) => (v === null ? NONE : `${count(v)} /s`), axis: count, floor: 10,
         series: [{ key: "tokens_per_s", name: "tokens", class: "used" }] }),
       new Chart({ title: "Time to first token", format: seconds, axis: (v) => (v === 0 ? "0 s" : seconds(v)), floor: 0.01,
         series: [{ key: "ttft_p50", name: "p50", class: "used" }, { key: "ttft_p99", name: "p99", class: "lent" }] }),
     ];
-    this.jobs = jobTable("Jobs that run or wait");
-    this.noJobs = el("p", { class: "empty", text: "No job runs or waits now." });
+    this.jobs = jobTable("Jobs that run or wait, and the last that ended", BRIEF);
+    this.noJobs = el("p", { class: "empty", text: "No job came to this gateway yet. Send one: kvbank submit, or POST /v1/jobs." });
     this.events = el("ul", { class: "events" });
     this.quiet = el("p", { class: "empty", text: "Nothing happened yet since the gateway started." });
-    const abouts = ["blocks of all members, last 5 min", "tokens per second, all jobs, last 5 min", "of the jobs that ended in the 5 min before, last 5 min"];
+    const abouts = ["blocks of all members, of all there are", "of all jobs, each second", "of the jobs that ended in the 5 min before"];
     this.node = el("div", { class: "page" },
       el("h1", { class: "unseen", text: "Overview" }),
       el("dl", { class: "figures" }, Object.values(this.figures).map((figure) => figure.node)),
       el("div", { class: "two" }, this.vaults.node, this.loans.node),
       el("div", { class: "three" }, this.reuse.node, this.misses.node, this.tiers.node),
       el("div", { class: "three" }, this.charts.map((chart, i) => card(chart.title, abouts[i], chart.node).node)),
-      el("div", { class: "two" }, card("Jobs", "running and waiting now, newest first", this.jobs.node, this.noJobs).node,
+      el("div", { class: "two" }, card("Jobs", "running and waiting now, then those that ended last", this.jobs.node, this.noJobs).node,
         card("What happened", "newest first", this.events, this.quiet).node));
   }
 
@@ -77,10 +79,11 @@ export class Overview {
     this.reasons.update(recent.missed, recent.prompt_tokens);
     this.tellTiers(cluster.tiers);
     for (const chart of this.charts) chart.update(cluster.series, cluster.at);
-    const live = cluster.jobRows().filter((job) => !isOver(job));
-    this.noJobs.hidden = live.length > 0;
-    this.jobs.node.hidden = !live.length;
-    this.jobs.update(live.slice(0, 8));
+    const jobs = cluster.jobRows();
+    const latestJobs = [...jobs.filter((job) => !isOver(job)), ...jobs.filter(isOver)].slice(0, 9);
+    this.noJobs.hidden = jobs.length > 0;
+    this.jobs.node.hidden = !jobs.length;
+    this.jobs.update(latestJobs);
     const latest = cluster.events.slice(-9).reverse();
     this.quiet.hidden = latest.length > 0;
     keyed(this.events, latest, (event) => event.number, eventLine, () => {});
@@ -99,12 +102,12 @@ export class Overview {
     f["Prompt reuse"].tell(share(reused(recent), recent.prompt_tokens),
       recent.jobs ? `of ${plural(recent.prompt_tokens, "token")}, ${span(window_s)}`
         : `no job in ${span(window_s)}; ${share(reused(ever), ever.prompt_tokens)} since the start`);
-    const tell = (figure, p, what) => figure.tell(p.count ? `${seconds(p.p50)} / ${seconds(p.p99)}` : NONE,
-      p.count ? `p50 / p99 of ${plural(p.count, "job")}, ${span(window_s)}` : `${what} in ${span(window_s)}`);
-    tell(f["First token"], ttft_s, "no job ended");
-    tell(f["Per token"], token_s, "no job ended");
+    const tell = (figure, p) => figure.tell(seconds(p.p50), p.count ? `p50 of ${plural(p.count, "job")}, ${span(window_s)}` : `no job ended, ${span(window_s)}`,
+      "ok", p.count ? `p99 ${seconds(p.p99)}` : "");
+    tell(f["First token"], ttft_s);
+    tell(f["Per token"], token_s);
     const point = cluster.series[cluster.series.length - 1];
-    f.Output.tell(point ? `${count(point.tokens_per_s)} /s` : NONE, point ? `tokens; ${count(point.running)} running, ${count(point.queued)} queued, now` : "");
+    f.Output.tell(point ? count(point.tokens_per_s) : NONE, point ? `${count(point.running)} running, ${count(point.queued)} queued, now` : "", "ok", "tokens/s");
   }
 
   tellTiers(tiers) {

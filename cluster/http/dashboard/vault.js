@@ -21,19 +21,29 @@ export function legend() {
     el("li", { title: "KV of its own jobs, at other members" }, el("i", { class: "key borrowed" }), "borrowed elsewhere"));
 }
 
+//     [ in use | lent | cached | blank ][ borrowed elsewhere ]            as long as its blocks, beside the other members'
 export class Bar {
   constructor() {
     this.parts = STATES.map((s) => el("span", { class: s.key }));
-    this.node = el("span", { class: "vault", role: "img" }, this.parts);
+    this.own = el("span", { class: "own" }, this.parts);
+    this.borrowed = el("span", { class: "borrowed" });
+    this.rest = el("span");
+    this.node = el("span", { class: "vault", role: "img" }, this.own, this.borrowed, this.rest);
   }
 
-  update(worker) {
+  update(worker, longest = worker.total + worker.borrowed) {
     const parts = blocks(worker);
     STATES.forEach((s, i) => css(this.parts[i], "flex-grow", String(parts[s.key])));
+    css(this.own, "flex-grow", String(worker.total));
+    css(this.borrowed, "flex-grow", String(worker.borrowed));
+    css(this.rest, "flex-grow", String(Math.max(0, longest - worker.total - worker.borrowed)));
+    this.borrowed.hidden = !worker.borrowed;
     const told = STATES.map((s) => `${count(parts[s.key])} ${s.name}`).join(", ");
     set(this.node, "aria-label", `${worker.id}: of ${count(worker.total)} blocks ${told}; ${count(worker.borrowed)} borrowed`);
   }
 }
+
+export const longest = (members) => Math.max(1, ...members.map((worker) => worker.total + worker.borrowed));
 
 export const condition = (worker) => (worker.state === "silent" ? "silent" : worker.draining ? "draining" : "ok");
 
@@ -46,9 +56,10 @@ export class VaultMap {
 
   update(members) {
     const few = members.length <= FEW;
+    const scale = longest(members);
     this.rows.hidden = !few;
     this.cells.hidden = few;
-    keyed(this.rows, few ? members : [], (w) => w.id, (w) => this.makeRow(w), (node, w) => this.tellRow(node, w));
+    keyed(this.rows, few ? members : [], (w) => w.id, (w) => this.makeRow(w), (node, w) => this.tellRow(node, w, scale));
     keyed(this.cells, few ? [] : members, (w) => w.id, (w) => this.makeCell(w), (node, w) => this.tellCell(node, w));
   }
 
@@ -63,19 +74,18 @@ export class VaultMap {
     return node;
   }
 
-  tellRow(node, worker) {
-    if (node.worker === worker) return;
-    node.worker = worker;
+  tellRow(node, worker, scale) {
+    if (node.worker === worker && node.scale === scale) return;
+    Object.assign(node, { worker, scale });
     const { bar, state, numbers, shelf } = node.parts;
-    bar.update(worker);
+    bar.update(worker, scale);
     const now = condition(worker);
     set(node, "data-state", now);
     set(state, "data-state", now);
     say(state, now === "ok" ? worker.kind : now);
     say(numbers, `${count(worker.used + worker.lent)} of ${count(worker.total)} blocks`);
     const host = worker.tiers.find((tier) => tier.name === "host");
-    const parts = [worker.borrowed ? `+${count(worker.borrowed)} borrowed` : "", host ? `host ${bytes(host.bytes_used)}` : ""];
-    say(shelf, parts.filter(Boolean).join(" · "));
+    say(shelf, worker.borrowed ? `+${count(worker.borrowed)} borrowed` : host ? `host ${bytes(host.bytes_used)}` : "");
   }
 
   makeCell(worker) {
