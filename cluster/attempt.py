@@ -102,6 +102,7 @@ class Attempt:
             if not self._accepted:
                 self._accepted = True
                 job.accepted += 1
+                job.enter("accepted", self._clock())
             kind = reply.WhichOneof("kind")
             if kind == "tokens" and not self._take(reply.tokens):
                 return Lost("token_gap")

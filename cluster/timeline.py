@@ -17,7 +17,10 @@ REPLAYED = ("prefill", "fetching")   # computing again what was there already
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """From `at_s` on the job was in `phase`: queued | waiting | fetching | prefill | replay | decode."""
+    """From `at_s` on the job was in `phase`: queued | accepted | waiting | fetching | prefill | replay | decode.
+
+    accepted: a worker has it and did not say yet what it does with it.
+    """
 
     at_s: float                      # since admission
     phase: str

@@ -6,7 +6,7 @@ import { Shares, reasonAbout, sourceAbout } from "./shares.js";
 
 const LEFT = 132;
 const LANE = 34;
-export const PHASES = ["queued", "waiting", "fetching", "prefill", "replay", "decode"];
+export const PHASES = ["queued", "accepted", "waiting", "fetching", "prefill", "replay", "decode"];
 
 export class Job {
   constructor(id, ask) {
@@ -98,7 +98,7 @@ export class Job {
         const label = size > 56 ? svg("text", { class: `phase-label on-${m.phase}`, x: x(m.at_s) + 6, y: y + 15, text: m.phase }) : null;
         parts.push(svg("g", {}, svg("rect", { class: `phase-${m.phase}`, x: x(m.at_s), y, width: size, height: LANE - 12, rx: 2 }), label,
           svg("title", { text: `${m.phase} ${m.note ? `(${m.note}) ` : ""}for ${seconds(m.until - m.at_s)}` })));
-        if (m.note.startsWith("lost")) parts.push(svg("text", { class: "lost", x: x(m.at_s) - 4, y: y + 15, "text-anchor": "end", text: m.note }));
+        if (m.note.startsWith("lost")) parts.push(svg("text", { class: "lost", x: Math.min(x(m.until), x(m.at_s) + 8) + 6, y: y + 15, text: m.note }));
       }
     });
     const base = lanes.length * LANE + 6;
@@ -119,7 +119,7 @@ export class Job {
     this.svg.replaceChildren(...parts);
     const told = rows.map((m) => `${m.phase} ${seconds(m.until - m.at_s)}`).join(", ");
     set(this.svg, "aria-label", `Timeline: ${told}`);
-    say(this.timeline.note, `seconds since admission; phases as the worker reports them twice a second, borrowed blocks once a second while a dashboard is open${left_out ? `; ${left_out} later moments left out` : ""}`);
+    say(this.timeline.note, `seconds since admission; phases as the worker reports them, twice a second: what is shorter stays "accepted"; borrowed blocks once a second while a dashboard is open${left_out ? `; ${left_out} later moments left out` : ""}`);
     keyed(this.moments.body, rows, (m) => m.key, () => el("tr", {}, [1, 0, 1, 1, 0, 0].map((n) => el("td", { class: n ? "number" : null }))), (row, m) => {
       [seconds(m.at_s), m.phase, seconds(m.until - m.at_s), m.attempt || NONE, m.worker || NONE, m.note || NONE].forEach((value, i) => say(row.children[i], value));
     });
