@@ -36,6 +36,10 @@ def loan(lender: str, borrower: str, number: int = 1, blocks: int = 24, recalled
             "age_s": 1.0, "blocks_recalled": recalled}
 
 
+def tier(name: str, state: str, frames: int) -> dict[str, Any]:
+    return {"name": name, "bytes_used": frames << 18, "bytes_limit": 1 << 30, "frames": frames, "state": state, "counters": {}}
+
+
 class City:
     """What the members say; tests change `told`. Stands in for Survey, roster and links."""
 
@@ -43,8 +47,7 @@ class City:
         self.told: dict[str, Any] = {
             "workers": [worker(0), worker(1, draining=True), worker(0, "lender")],
             "loans": [loan("lender-0", "worker-0"), loan("worker-1", "worker-0", recalled=8)],
-            "tiers": [{"name": "host", "bytes_used": 9 << 20, "bytes_limit": 768 << 20, "frames": 36, "state": "ok", "counters": {}},
-                      {"name": "redis", "bytes_used": 1 << 20, "bytes_limit": 1 << 30, "frames": 4, "state": "open", "counters": {}}]}
+            "tiers": [tier("host", "ok", 36), tier("redis", "open", 4)]}
         self.members = [MemberView(member=Member(id=w["id"], kind="model", address="a:1")) for w in self.told["workers"]]
         self.acted: list[str] = []
 
@@ -64,7 +67,8 @@ def city() -> City:
 
 
 @pytest.fixture
-def town(make_server: Callable[..., SimpleNamespace], make_worker: Callable[[str], Any], city: City) -> Callable[..., SimpleNamespace]:
+def town(make_server: Callable[..., SimpleNamespace], make_worker: Callable[[str], Any],
+         city: City) -> Callable[..., SimpleNamespace]:
     """town(**options): a gateway with one fake worker for jobs, over the city."""
     def make(**options: Any) -> SimpleNamespace:
         return make_server(make_worker("worker-0"), status=city.status, ops=Ops(city, city), **options)
@@ -274,7 +278,8 @@ def test_two_hundred_members_fit_and_an_update_touches_only_what_changed(town, c
         new MutationObserver((records) => records.forEach((r) => {
             const cell = (r.target.nodeType === 1 ? r.target : r.target.parentElement)?.closest(".vault-cell");
             if (cell) window.touched.add(cell);
-        })).observe(document.querySelector(".vault-cells"), { attributes: true, childList: true, characterData: true, subtree: true });
+        })).observe(document.querySelector(".vault-cells"),
+            { attributes: true, childList: true, characterData: true, subtree: true });
     }""")
     for n in (3, 60, 199):
         workers[n]["blocks_used"] += 40
@@ -299,8 +304,9 @@ def test_two_hundred_members_fit_and_an_update_touches_only_what_changed(town, c
         updates += 1
     after = spent()
     took["all changed"] = page.evaluate("kvbank.renders")
-    told: dict[str, Any] = {name: {"updates": len(ms), "median_ms": round(sorted(ms)[len(ms) // 2], 2), "max_ms": round(max(ms), 2)}
-                            for name, ms in took.items() if ms}
+    told: dict[str, Any] = {
+        name: {"updates": len(ms), "median_ms": round(sorted(ms)[len(ms) // 2], 2), "max_ms": round(max(ms), 2)}
+        for name, ms in took.items() if ms}
     for name in ("ScriptDuration", "RecalcStyleDuration", "LayoutDuration", "TaskDuration"):     # TaskDuration: everything
         told[f"{name}_ms_per_update"] = round(1000 * (after[name] - before[name]) / updates, 1)
     told["first_paint_ms"] = round(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))

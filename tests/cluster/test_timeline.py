@@ -7,7 +7,8 @@ from kvbank.cluster.timeline import MAX_MOMENTS, Timeline
 
 def test_only_what_changed_is_a_moment() -> None:
     line = Timeline()
-    for at, phase, attempt in [(0.0, "queued", 0), (0.1, "queued", 1), (0.2, "queued", 1), (0.5, "decode", 1), (0.6, "decode", 1)]:
+    seen = [(0.0, "queued", 0), (0.1, "queued", 1), (0.2, "queued", 1), (0.5, "decode", 1), (0.6, "decode", 1)]
+    for at, phase, attempt in seen:
         line.enter(at, phase, attempt, "worker-0" if attempt else "")
     assert [(m["at_s"], m["phase"], m["attempt"]) for m in line.told()["moments"]] == [
         (0.0, "queued", 0), (0.1, "queued", 1), (0.5, "decode", 1)]

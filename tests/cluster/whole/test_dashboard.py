@@ -6,6 +6,8 @@ import os
 import signal
 import time
 
+import httpx
+
 from kvbank.cluster.client import Client
 
 
@@ -88,3 +90,24 @@ def test_members_do_what_the_page_asks(cluster, text, until, open_page) -> None:
     page.goto(f"{town.address}/dashboard#/events")
     page.wait_for_selector("tbody >> text=undrain")
     assert page.locator("tbody tr").count() == 5 and page.faults == []
+
+
+def test_caches_of_a_sharded_replica_are_cleared_by_its_leader(cluster, text, until) -> None:
+    town = cluster(workers=1, lenders=0, shards=2, device_blocks=96)
+    session = httpx.get(f"{town.address}/v1/ops/session").json()
+
+    def clear(member: str) -> httpx.Response:
+        return httpx.post(f"{town.address}/v1/ops/members/{member}/clear", headers={"x-kvbank-csrf": session["csrf"]})
+
+    with Client(town.address) as client:
+        want = client.generate(text(500, 4), max_tokens=8, ignore_eos=True)
+        assert client.generate(text(500, 4), max_tokens=8, ignore_eos=True).receipt.reused["device"] > 300
+        until(lambda: not any(w.blocks_used for w in client.status().workers))
+        refused = clear("worker-0.1")
+        assert refused.status_code == 400 and "leading shard" in refused.json()["error"]["message"]
+        done = clear("worker-0")
+        assert done.status_code == 200 and not done.json()["outcome"].startswith("0 idle")
+        cold = client.generate(text(500, 4), max_tokens=8, ignore_eos=True)
+        assert cold.token_ids == want.token_ids and "device" not in cold.receipt.reused
+        warm = client.generate(text(500, 4), max_tokens=8, ignore_eos=True)
+        assert warm.token_ids == want.token_ids and warm.receipt.reused["device"] > 300
