@@ -99,11 +99,12 @@ class Attempt:
             if reply is grpc.aio.EOF:
                 return self._over("stream_ended")
             silence.reschedule(loop.time() + self._silence_s)
+            kind = reply.WhichOneof("kind")
             if not self._accepted:
                 self._accepted = True
-                job.accepted += 1
-                job.enter("accepted", self._clock())
-            kind = reply.WhichOneof("kind")
+                if kind != "failed":                 # a refusal took nothing up
+                    job.accepted += 1
+                    job.enter("accepted", self._clock())
             if kind == "tokens" and not self._take(reply.tokens):
                 return Lost("token_gap")
             if kind == "progress":

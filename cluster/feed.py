@@ -75,7 +75,7 @@ class Feed:
     # -- an Observer of the gateway ----------------------------------------------------------------------------------
 
     def admitted(self, job: Job) -> None:
-        self._note(Happening(JOB, INFO, f"{_named(job)} admitted, {job.prompt_tokens} prompt tokens", job=job.wire_id))
+        self._note(Happening(JOB, INFO, f"{_named(job)} admitted, {job.prompt_tokens:,} prompt tokens", job=job.wire_id))
 
     def refused(self, code: str) -> None:
         self._note(Happening(JOB, WARN, f"a job was refused: {code}"))
@@ -90,7 +90,7 @@ class Feed:
     def ended(self, job: Job) -> None:
         outcome = job.error.code if job.error is not None else job.finish_reason
         level = INFO if job.error is None or outcome == "cancelled" else BAD
-        text = f"{_named(job)} ended: {outcome}, {len(job.ids)} tokens"
+        text = f"{_named(job)} ended: {outcome}, {len(job.ids):,} tokens"
         self._note(Happening(JOB, level, text, job.worker, job.wire_id))
         self._ended.append(job)
         tokens = len(job.ids)
@@ -123,6 +123,11 @@ class Feed:
             self._fresh.append(event)
 
     # -- watching ----------------------------------------------------------------------------------------------------
+
+    @property
+    def watched(self) -> int:
+        """How many watch now."""
+        return len(self._watchers)
 
     def check_room(self) -> None:
         """Raises Overloaded when one more watcher is too many."""

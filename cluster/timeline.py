@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_MOMENTS = 256                    # of each of the two lists
+MAX_MOMENTS = 128                    # of each of the two lists
 REPLAYED = ("prefill", "fetching")   # computing again what was there already
 
 

@@ -46,6 +46,7 @@ class FakeWorker:
         self.seen: list[pb.Job] = []
         self.cancels: list[str] = []
         self.failure: tuple[str, str] | None = None          # answered instead of tokens
+        self.refusal: tuple[str, str] | None = None          # answered before the job is taken up
         self.die_at: int | None = None                       # abort the stream before this token index,
         self.die_once = True                                 # once or always
         self.hang_at: int | None = None                      # say nothing more from this token index on
@@ -85,6 +86,9 @@ class FakeWorker:
         self.seen.append(job)
         cancelled = threading.Event()
         threading.Thread(target=self._listen, args=(requests, cancelled), daemon=True).start()
+        if self.refusal is not None:
+            yield pb.SubmitReply(failed=pb.Failed(code=self.refusal[0], message=self.refusal[1]))
+            return
         yield pb.SubmitReply(accepted=pb.Accepted(worker=self.id))
         if self.failure is not None:
             yield pb.SubmitReply(failed=pb.Failed(code=self.failure[0], message=self.failure[1]))

@@ -50,8 +50,11 @@ class City:
             "tiers": [tier("host", "ok", 36), tier("redis", "open", 4)]}
         self.members = [MemberView(member=Member(id=w["id"], kind="model", address="a:1")) for w in self.told["workers"]]
         self.acted: list[str] = []
+        self.mute = False
 
     async def status(self) -> dict[str, Any]:
+        if self.mute:
+            raise RuntimeError("planted: the members cannot be asked")
         return copy.deepcopy(self.told)
 
     async def act(self, _address: str, request: ops_pb2.OpsRequest, *, timeout_s: float) -> ops_pb2.OpsReply:
@@ -243,6 +246,11 @@ def test_it_says_when_it_is_old_and_comes_back_by_itself(town, open_page, make_s
     server = town()
     page = open_page(server.address)
     live(page)
+    city.mute = True
+    page.wait_for_selector("#link[data-state=stale]")
+    page.wait_for_selector("#banner >> text=The gateway has said nothing since")
+    city.mute = False
+    page.wait_for_selector("#link[data-state=live]")
     port = int(server.address.rsplit(":", 1)[1])
     server.stop()
     page.wait_for_selector("#banner >> text=The gateway cannot be reached")
