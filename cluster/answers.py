@@ -152,6 +152,8 @@ class WorkerStatus:
     blocks_used: int = 0
     blocks_lent: int = 0
     blocks_borrowed: int = 0
+    blocks_idle: int = 0             # of the free ones: cached, evictable
+    draining: bool = False           # takes no new job and grants no new loan
     tiers: list[TierStatus] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
 
@@ -166,6 +168,7 @@ class LoanStatus:
     blocks: int = 0
     term_s: float = 0.0
     age_s: float = 0.0
+    blocks_recalled: int = 0         # of them, called back and not home yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,10 +99,12 @@ class Attempt:
             if reply is grpc.aio.EOF:
                 return self._over("stream_ended")
             silence.reschedule(loop.time() + self._silence_s)
+            kind = reply.WhichOneof("kind")
             if not self._accepted:
                 self._accepted = True
-                job.accepted += 1
-            kind = reply.WhichOneof("kind")
+                if kind != "failed":                 # a refusal took nothing up
+                    job.accepted += 1
+                    job.enter("accepted", self._clock())
             if kind == "tokens" and not self._take(reply.tokens):
                 return Lost("token_gap")
             if kind == "progress":
@@ -145,6 +147,8 @@ class Attempt:
             if job.text.stopped:
                 self._on_stop()
                 break
+        if len(job.ids) > before:
+            job.enter("decode", now)
         self._on_tokens(len(job.ids) - before)
         job.announce()
         return True
@@ -153,6 +157,7 @@ class Attempt:
         told = self._job.progress
         told.state, told.waits_for = progress.state, progress.waits_for
         told.computed, told.total = progress.computed, progress.total
+        self._job.enter(progress.state or "queued", self._clock(), progress.waits_for)
         self._job.announce()
 
     def _done(self, done: jobs_pb2.Done) -> None:

@@ -308,6 +308,7 @@ class _Teller:
             _print_json(told)
         else:
             self._console.print(f"cluster {running.name} serves at [bold]{running.address}[/]")
+            self._console.print(f"  dashboard: {running.address}/dashboard")
             self._console.print(f"  {len(processes)} processes: {', '.join(sorted(processes))}")
             self._console.print(f"  kvbank status --name {running.name}   kvbank down --name {running.name}")
 

@@ -65,6 +65,17 @@ class Members(Protocol):
     def on_change(self, listener: Callable[[], None]) -> None: ...
 
 
+class Observer(Protocol):
+    """Who wants to know what happens to jobs (feed.py). Called on the event loop: be quick, never raise."""
+
+    def admitted(self, job: Job) -> None: ...
+    def refused(self, code: str) -> None: ...
+    def tokens(self, count: int) -> None: ...
+    def lost(self, job: Job, worker: str, reason: str) -> None: ...
+    def ended(self, job: Job) -> None: ...
+    def stopping(self) -> None: ...
+
+
 class Gateway:
     """Keeps jobs and finds each a worker until it is over. Every method runs on the gateway's event loop."""
 
@@ -101,6 +112,7 @@ class Gateway:
         self._quotas = Quotas(jobs=self.limits.tenant_jobs, tokens_per_s=self.limits.tenant_tokens_per_s)
         self._last_age = 0.0
         self._stopping = False
+        self.observers: list[Observer] = []
         roster.on_change(self._members_changed)
 
     # ------------------------------------------------------------------ what callers do
@@ -119,6 +131,8 @@ class Gateway:
             raise Unavailable("the cluster is stopping")
         if self.live >= self.limits.max_jobs:
             self.meters.refused("overloaded")
+            for observer in self.observers:
+                observer.refused("overloaded")
             raise Overloaded(
                 f"{self.live} jobs are waiting or running, which is the limit; retry later",
                 retry_after_s=self._retry_after(),
@@ -147,6 +161,11 @@ class Gateway:
         self._forget_old()
         return [job for (owner, _), job in self._jobs.items() if owner == tenant]
 
+    def everyones_jobs(self) -> list[Job]:
+        """All live and retained jobs, oldest first: for who runs the cluster."""
+        self._forget_old()
+        return list(self._jobs.values())
+
     def cancel(self, job: Job) -> None:
         """Ask a job to end; harmless when it is over. Its receipt follows within `grace_s`."""
         self._end(job, "client")
@@ -165,6 +184,8 @@ class Gateway:
     async def stop(self) -> None:
         """End every job as Unavailable and wait for their receipts, at most the grace period."""
         self._stopping = True
+        for observer in self.observers:
+            observer.stopping()
         for job in list(self._jobs.values()):
             self._end(job, "stopping")
         if self._tasks:
@@ -196,6 +217,9 @@ class Gateway:
         if spec.deadline_s is not None:
             job.deadline = asyncio.get_running_loop().call_later(spec.deadline_s, self._end, job, "deadline")
         self.meters.admitted()
+        job.enter("queued", self._clock())
+        for observer in self.observers:
+            observer.admitted(job)
         return job
 
     def _forget_old(self) -> None:
@@ -235,6 +259,8 @@ class Gateway:
         self._over[(job.spec.tenant, job.id)] = job.ended_at
         self._finish_receipt(job)
         self.meters.ended(job)
+        for observer in self.observers:
+            observer.ended(job)
         self._forget_old()
         job.announce()
 
@@ -252,6 +278,9 @@ class Gateway:
             if self._complete(job):                  # only the last word of the attempt was lost
                 return
             self.meters.lost(lost.reason)
+            job.enter("queued", self._clock(), f"lost: {lost.reason}")
+            for observer in self.observers:
+                observer.lost(job, worker.id, lost.reason)
             log.info("job attempt_lost job=%s attempt=%d worker=%s reason=%s emitted=%d",
                      job.wire_id, job.attempt, worker.id, lost.reason, len(job.ids))
             if lost.refusal is not None:
@@ -342,6 +371,7 @@ class Gateway:
         job.attempt += 1
         job.worker = worker.id
         job.progress.state, job.progress.waits_for = "queued", ""
+        job.enter("queued", self._clock())
         self._recent.note(job.keys, worker)
         owed = job.prompt_tokens                     # until its first token, the prompt is work that waits there
         self._lanes[worker.address] = self._lanes.get(worker.address, 0) + 1
@@ -352,6 +382,8 @@ class Gateway:
             self._pending[worker.id] -= owed
             owed = 0
             self.meters.tokens(job, count)
+            for observer in self.observers:
+                observer.tokens(count)
 
         attempt = Attempt(
             job, self._links.submit(worker.address), silence_s=self.limits.silence_s, grace_s=self.limits.grace_s,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from kvbank.cluster.intake import JobSpec
+from kvbank.cluster.timeline import REPLAYED, Timeline
 from kvbank.errors import KVBankError
 
 
@@ -92,7 +93,9 @@ class Job:
     receipt: dict[str, Any] = field(default_factory=dict)
     error: KVBankError | None = None
     first_token_at: float = 0.0
+    last_token_at: float = 0.0
     ended_at: float = 0.0
+    timeline: Timeline = field(default_factory=Timeline)
     attempt_running: Running | None = None
     deadline: asyncio.TimerHandle | None = None
     readers: int = 0                 # completions that wait for it; the last one to leave cancels it
@@ -115,10 +118,17 @@ class Job:
         """Accept the next token of the output."""
         if not self.ids:
             self.first_token_at = now
+        self.last_token_at = now
         self.ids.append(token)
         if self.spec.logprobs is not None:
             self.logprobs.append(logprob)
         self.texts.append(self.text.push([token]))
+
+    def enter(self, phase: str, now: float, note: str = "") -> None:
+        """Note in the timeline what it does now; work that was done before is replay."""
+        if phase in REPLAYED and (self.ids or self.accepted > 1):
+            phase = "replay"
+        self.timeline.enter(now - self.started_at, phase, self.attempt, self.worker, note)
 
     def end(self, now: float, *, error: KVBankError | None = None) -> None:
         """Close the job: the prompt is let go, the output stays for late readers. The caller announces it."""

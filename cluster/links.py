@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from kvbank.kvstore.transport import rpc
 from kvbank.kvstore.transport.badge import Badge
-from kvbank.proto import control_pb2, jobs_pb2
+from kvbank.proto import control_pb2, jobs_pb2, ops_pb2
 
 Reply = TypeVar("Reply", bound=Message)
 
@@ -47,6 +47,10 @@ class Links:
         """Who holds the longest prefix of these block keys."""
         request = control_pb2.LocateRequest(keys=keys)
         return await self._unary(address, "/kvbank.Control/Locate", request, control_pb2.LocateReply, timeout_s)
+
+    async def act(self, address: str, request: ops_pb2.OpsRequest, *, timeout_s: float) -> ops_pb2.OpsReply:
+        """Have one member drain, recall or clear. Raises grpc.aio.AioRpcError."""
+        return await self._unary(address, "/kvbank.Ops/Act", request, ops_pb2.OpsReply, timeout_s)
 
     async def _unary(self, address: str, method: str, request: Message, reply: type[Reply], timeout_s: float) -> Reply:
         channel, metadata = self._channel(address, "unary")

@@ -35,6 +35,7 @@ class Survey:
         self._asking = asyncio.Lock()
         self._told: dict[str, Any] | None = None
         self._told_at = 0.0
+        self.borrowed: dict[str, int] = {}           # a job's name on the wire -> blocks it reads at lenders now
 
     async def told(self) -> dict[str, Any]:
         """`{"workers": [...], "loans": [...], "tiers": [...]}`, plain values. No job: jobs are their tenant's."""
@@ -50,6 +51,7 @@ class Survey:
         answers = await asyncio.gather(*(self._ask_one(view) for view in views))
         workers = [self._worker(view, answer) for view, answer in zip(views, answers, strict=True)]
         workers.sort(key=lambda w: (w["kind"] != "model", w["replica"], w["shard"], w["id"]))
+        self.borrowed = {job.id: job.borrowed_blocks for answer in answers if answer for job in answer.jobs}
         loans = {loan.id: _loan(loan) for answer in answers if answer for loan in answer.loans}
         return {"workers": workers, "loans": sorted(loans.values(), key=lambda loan: loan["id"]),
                 "tiers": _merged_tiers(workers)}
@@ -69,13 +71,13 @@ class Survey:
             "host": member.host, "pid": member.pid, "state": "silent",
             "blocks_total": member.slots_total * size, "blocks_free": report.slots_free * size,
             "blocks_used": 0, "blocks_lent": report.slots_lent * size, "blocks_borrowed": report.slots_borrowed * size,
-            "tiers": [], "counters": {},
+            "blocks_idle": 0, "draining": False, "tiers": [], "counters": {},
         }
         if answer is not None:
             worker |= {
                 "state": "ok", "blocks_total": answer.blocks_total, "blocks_free": answer.blocks_free,
                 "blocks_used": answer.blocks_used, "blocks_lent": answer.blocks_lent,
-                "blocks_borrowed": answer.blocks_borrowed,
+                "blocks_borrowed": answer.blocks_borrowed, "blocks_idle": answer.blocks_idle, "draining": answer.draining,
                 "tiers": [_tier(tier) for tier in answer.tiers], "counters": dict(answer.counters),
             }
         return worker
@@ -104,4 +106,4 @@ def _merged_tiers(workers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _loan(loan: jobs_pb2.LoanStatus) -> dict[str, Any]:
     return {"id": loan.id, "lender": loan.lender, "borrower": loan.borrower, "blocks": loan.blocks,
-            "term_s": loan.term_s, "age_s": loan.age_s}
+            "term_s": loan.term_s, "age_s": loan.age_s, "blocks_recalled": loan.recalled_blocks}

@@ -155,6 +155,7 @@ class LoanView:
     tenant: str
     age_s: float
     term_left_s: float
+    recalled: int                      # of its slots, called back and not here yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +273,8 @@ class LoanLedger:
     def loans(self, now: float) -> list[LoanView]:
         return [
             LoanView(loan.borrower, self._node(loan.borrower), loan.number, len(loan.slots), loan.tenant,
-                     now - loan.granted_at, loan.over_at - now)
+                     now - loan.granted_at, loan.over_at - now,
+                     sum(self._lent[slot].state == RECALLED for slot in loan.slots))
             for loan in self._all_loans()
         ]
 

@@ -148,6 +148,10 @@ class BlockStore:
             self._behind.cancel(keys)
         self._delete_from_redis(keys)
 
+    def clear_host(self) -> int:
+        """Forget what the host tier holds and nobody pins; how many frames went. Redis keeps its copies."""
+        return self._host.clear() if self._host is not None else 0
+
     def flush(self, timeout_s: float, *, everything: bool = False) -> bool:
         """Wait until Redis has what was queued for it, with `everything` also what the host tier holds.
 

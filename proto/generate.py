@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-NAMES = ["bank", "control", "jobs"]
+NAMES = ["bank", "control", "jobs", "ops"]
 
 
 def generate(into: Path) -> None:

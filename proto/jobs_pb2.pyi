@@ -177,7 +177,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("id", "kind", "replica", "shard", "host", "pid", "blocks_total", "blocks_free", "blocks_used", "blocks_lent", "blocks_borrowed", "tiers", "loans", "jobs", "counters")
+    __slots__ = ("id", "kind", "replica", "shard", "host", "pid", "blocks_total", "blocks_free", "blocks_used", "blocks_lent", "blocks_borrowed", "tiers", "loans", "jobs", "counters", "blocks_idle", "draining")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +200,8 @@ class WorkerStatus(_message.Message):
     LOANS_FIELD_NUMBER: _ClassVar[int]
     JOBS_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_IDLE_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: str
     replica: int
@@ -215,7 +217,9 @@ class WorkerStatus(_message.Message):
     loans: _containers.RepeatedCompositeFieldContainer[LoanStatus]
     jobs: _containers.RepeatedCompositeFieldContainer[JobStatus]
     counters: _containers.ScalarMap[str, float]
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., replica: _Optional[int] = ..., shard: _Optional[int] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_lent: _Optional[int] = ..., blocks_borrowed: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., loans: _Optional[_Iterable[_Union[LoanStatus, _Mapping]]] = ..., jobs: _Optional[_Iterable[_Union[JobStatus, _Mapping]]] = ..., counters: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    blocks_idle: int
+    draining: bool
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., replica: _Optional[int] = ..., shard: _Optional[int] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_lent: _Optional[int] = ..., blocks_borrowed: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., loans: _Optional[_Iterable[_Union[LoanStatus, _Mapping]]] = ..., jobs: _Optional[_Iterable[_Union[JobStatus, _Mapping]]] = ..., counters: _Optional[_Mapping[str, float]] = ..., blocks_idle: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class TierStatus(_message.Message):
     __slots__ = ("name", "bytes_used", "bytes_limit", "frames", "state", "counters")
@@ -241,33 +245,37 @@ class TierStatus(_message.Message):
     def __init__(self, name: _Optional[str] = ..., bytes_used: _Optional[int] = ..., bytes_limit: _Optional[int] = ..., frames: _Optional[int] = ..., state: _Optional[str] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class LoanStatus(_message.Message):
-    __slots__ = ("id", "lender", "borrower", "blocks", "term_s", "age_s")
+    __slots__ = ("id", "lender", "borrower", "blocks", "term_s", "age_s", "recalled_blocks")
     ID_FIELD_NUMBER: _ClassVar[int]
     LENDER_FIELD_NUMBER: _ClassVar[int]
     BORROWER_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TERM_S_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
+    RECALLED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     id: str
     lender: str
     borrower: str
     blocks: int
     term_s: float
     age_s: float
-    def __init__(self, id: _Optional[str] = ..., lender: _Optional[str] = ..., borrower: _Optional[str] = ..., blocks: _Optional[int] = ..., term_s: _Optional[float] = ..., age_s: _Optional[float] = ...) -> None: ...
+    recalled_blocks: int
+    def __init__(self, id: _Optional[str] = ..., lender: _Optional[str] = ..., borrower: _Optional[str] = ..., blocks: _Optional[int] = ..., term_s: _Optional[float] = ..., age_s: _Optional[float] = ..., recalled_blocks: _Optional[int] = ...) -> None: ...
 
 class JobStatus(_message.Message):
-    __slots__ = ("id", "state", "prompt_tokens", "output_tokens", "computed", "waits_for")
+    __slots__ = ("id", "state", "prompt_tokens", "output_tokens", "computed", "waits_for", "borrowed_blocks")
     ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_FIELD_NUMBER: _ClassVar[int]
     WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
+    BORROWED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     id: str
     state: str
     prompt_tokens: int
     output_tokens: int
     computed: int
     waits_for: str
-    def __init__(self, id: _Optional[str] = ..., state: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., computed: _Optional[int] = ..., waits_for: _Optional[str] = ...) -> None: ...
+    borrowed_blocks: int
+    def __init__(self, id: _Optional[str] = ..., state: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., computed: _Optional[int] = ..., waits_for: _Optional[str] = ..., borrowed_blocks: _Optional[int] = ...) -> None: ...

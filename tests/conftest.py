@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # A busy machine is no counterexample.
 settings.register_profile("kvbank", deadline=None)
+settings.register_profile("long", max_examples=20_000, deadline=None)     # --hypothesis-profile=long
 settings.load_profile("kvbank")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 
-from kvbank.errors import Cancelled, InvalidRequest, KVBankError, TooLong
+from kvbank.errors import Cancelled, InvalidRequest, KVBankError, TooLong, Unavailable
 from kvbank.kvstore.layout import BlockKey
 from kvbank.proto import jobs_pb2 as pb
 from kvbank.workers.engine import Engine, EngineEvent, Failed, Finished, Token
@@ -34,10 +34,12 @@ class JobsService:
     def __init__(
         self, engine: Engine, worker_id: str, *, vocab_size: int, status: Callable[[], pb.WorkerStatus],
         clock: Callable[[], float], hear_control: Callable[[float], None] = lambda within_s: None,
+        resting: Callable[[], bool] = lambda: False,
     ) -> None:
-        """hear_control: within so many seconds the engine knows the members of now, unless control is away."""
+        """hear_control: within so many seconds the engine knows the members of now, unless control is away. resting: no new
+        job is taken."""
         self._engine, self._id, self._vocab = engine, worker_id, vocab_size
-        self._status, self._clock, self._hear_control = status, clock, hear_control
+        self._status, self._clock, self._hear_control, self._resting = status, clock, hear_control, resting
         self._queues: dict[str, queue.SimpleQueue[EngineEvent]] = {}
         self._lock = Lock()
         self._attempts = 0
@@ -55,6 +57,8 @@ class JobsService:
             first = next(requests)
             if first.WhichOneof("kind") != "job":
                 raise InvalidRequest("the first message of Submit must be a job")
+            if self._resting():
+                raise Unavailable("this worker is draining and takes no new jobs")
             with self._lock:
                 self._attempts += 1
                 name = f"{first.job.id}#{first.job.attempt}.{self._attempts}"

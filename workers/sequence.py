@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from kvbank.kvstore.layout import BlockKey
-from kvbank.kvstore.span_table import Holes, Span, SpanTable
+from kvbank.kvstore.span_table import REMOTE, Holes, Span, SpanTable
 from kvbank.workers.sampler import SamplingParams
 
 WAITING, RUNNING, DONE = "waiting", "running", "done"
@@ -109,6 +109,11 @@ class Sequence:
     def prompt_computed(self) -> int:
         """Prompt tokens whose KV is there."""
         return self.num_prompt - self.table.holes.overlap(0, self.num_prompt)
+
+    @property
+    def num_remote(self) -> int:
+        """Spans that are read at lenders now."""
+        return sum(span is not None and span.place == REMOTE for span in list(self.table.spans))
 
     def token_bytes(self, start: int, stop: int) -> bytes:
         """Token ids start .. stop-1 as int32 little-endian."""

@@ -43,6 +43,7 @@ from kvbank.workers.config import WorkerConfig
 from kvbank.workers.engine import Engine
 from kvbank.workers.jobs_service import JobsService
 from kvbank.workers.models.config_reader import read_config
+from kvbank.workers.ops_service import OpsService
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +160,13 @@ class Worker:
         self.attend = AttendServer(self.arena, pins, lambda borrower: layout_from(self.banker, borrower),
                                   verify=self._settings["verify_attend"])
         bank = BankService(self.banker, self.arena, self.attend, self.vault.lock)
-        self._server.add_generic_rpc_handlers((bank.handlers(),))
+        self.ops = OpsService(self.banker, self.vault, self._shelf, blocks_per_span=self.layout.blocks_per_span,
+                              leads=self.worker_config.shard == 0)
+        self._server.add_generic_rpc_handlers((bank.handlers(), self.ops.handlers()))
+
+    def _shelf(self) -> BlockStore | None:
+        """What lies below the device here."""
+        return None
 
     def _compat(self) -> Compat:
         layout = self.layout
@@ -270,12 +277,14 @@ class Worker:
             id=self.id, kind=self.kind, replica=self._config.get("replica", 0), shard=self.worker_config.shard,
             host=socket.gethostname(), pid=os.getpid(), blocks_total=counts.total * per_span, blocks_free=counts.free * per_span,
             blocks_used=counts.held * per_span, blocks_lent=counts.lent * per_span, counters=self._counters(),
+            blocks_idle=counts.idle * per_span, draining=self.ops.draining,
         )
         names = {boot: name for name, boot in self._boots.items()}
         for loan in lent:
             borrower = names.get(loan.borrower, loan.node)
             status.loans.add(id=f"{borrower}>{self.id}#{loan.number}", lender=self.id, borrower=borrower,
-                             blocks=loan.slots * per_span, term_s=self.timings.term_s, age_s=loan.age_s)
+                             blocks=loan.slots * per_span, term_s=self.timings.term_s, age_s=loan.age_s,
+                             recalled_blocks=loan.recalled * per_span)
         return status
 
     def _counters(self) -> dict[str, float]:
@@ -306,7 +315,10 @@ class ModelWorker(Worker):
         self.book = leader.book
         self.engine = leader.engine
         self.jobs = JobsService(self.engine, self.id, vocab_size=self.parts.model.vocab_size, status=self.status,
-                                clock=time.monotonic, hear_control=self._hear_control)
+                                clock=time.monotonic, hear_control=self._hear_control, resting=lambda: self.ops.draining)
+
+    def _shelf(self) -> BlockStore | None:
+        return self.store
 
     def root_of(self, layout: Layout) -> Callable[[str], BlockKey]:
         return root_keys(self.cache_secret, self._config.get("model_digest", ""), layout, self.worker_config)
@@ -397,7 +409,8 @@ class ModelWorker(Worker):
         status.blocks_borrowed = self.borrower.num_borrowed * self.layout.blocks_per_span
         for seq in self.engine.jobs():
             status.jobs.add(id=seq.job.id.rsplit("#", 1)[0], state=seq.state, prompt_tokens=seq.num_prompt,
-                            output_tokens=seq.num_output, computed=seq.prompt_computed, waits_for=seq.waits_for)
+                            output_tokens=seq.num_output, computed=seq.prompt_computed, waits_for=seq.waits_for,
+                            borrowed_blocks=seq.num_remote * self.layout.blocks_per_span)
         add_tiers(status, self.store)
         return status
 

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from kvbank.cluster.gateway import Gateway
 from kvbank.cluster.http.doors import LOOPBACK, OPEN, OPS, USER, Door, Doorman, OriginGuard
 from kvbank.cluster.intake import Intake, parse_json
+from kvbank.cluster.ops import Ops
 from kvbank.errors import InvalidRequest, KVBankError, NotFound, Overloaded, Unauthorized
 
 log = logging.getLogger(__name__)
@@ -51,18 +52,21 @@ class Front:
     named: bool = False                                              # the operator said which names this gateway has
     created: int = 0                                                 # unix time, for /v1/models
     status: Callable[[], Awaitable[dict[str, Any]]] | None = None    # members, loans and tiers, for /v1/status
+    borrowed: Callable[[], Mapping[str, int]] = dict                 # blocks read at lenders, by a job's name on the wire
+    ops: Ops | None = None                                           # drain, recall, clear
 
 
 def build_app(front: Front) -> FastAPI:
     """The application with all routes."""
-    from kvbank.cluster.http import jobs, openai, status
+    from kvbank.cluster.http import dashboard_routes, jobs, openai, ops_routes, status
 
     app = FastAPI(title="kvbank", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     doorman = Doorman(front.api_keys)
+    feed = app.state.feed = ops_routes.build_feed(front)
     rooms: list[tuple[str, APIRouter]] = [              # one door each
-        (OPEN, status.open_routes(front)),
+        (OPEN, status.open_routes(front)), (OPEN, dashboard_routes.routes(front)),
         (USER, openai.routes(front)), (USER, jobs.routes(front)), (USER, status.routes(front)),
-        (OPS, status.ops_routes(front, doorman)),
+        (OPS, status.ops_routes(front, doorman)), (OPS, ops_routes.routes(front, feed)),
     ]
     for role, router in rooms:
         app.include_router(router, dependencies=[Depends(Door(doorman, role))])

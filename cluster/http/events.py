@@ -23,15 +23,21 @@ def event(data: Any, *, name: str | None = None, number: int | None = None) -> b
 
 
 class EventStream(Response):
-    """Sends events as they come. `on_leave` runs when the reader disconnects before the end."""
+    """Sends events as they come. `on_leave` runs when the reader disconnects before the end.
+
+    A reader that does not take a chunk within `patience_s` is cut off; None: its connection's own bounds decide.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], *, on_leave: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, events: AsyncIterator[bytes], *, on_leave: Callable[[], None] | None = None, patience_s: float | None = None,
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._on_leave = on_leave
+        self._patience_s = patience_s
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -51,7 +57,11 @@ class EventStream(Response):
 
     async def _pump(self, send: Any) -> None:
         async for chunk in self._events:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            try:
+                async with asyncio.timeout(self._patience_s):
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            except TimeoutError:
+                return                               # an unfinished answer: the server closes the connection
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -25,6 +25,7 @@ from kvbank.cluster.http.keyring import WATCH_S, HttpsCertificate, Keyring
 from kvbank.cluster.intake import Intake, ModelFacts
 from kvbank.cluster.job import TextStream
 from kvbank.cluster.links import Links
+from kvbank.cluster.ops import Ops
 from kvbank.cluster.placement import choose_worker
 from kvbank.cluster.roster import Roster
 from kvbank.cluster.survey import Survey
@@ -163,6 +164,7 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
                           max_job_tokens=settings.max_job_tokens, pieces=TokenPieces(tokenizer)),
             api_keys=keys_now, hosts=settings.names or (*LOOPBACK, settings.host), named=bool(settings.names),
             created=int(time.time()), status=survey.told,
+            borrowed=lambda: survey.borrowed, ops=Ops(roster, links),
         )
         await roster.start()
         return Assembly(front, roster)

@@ -104,6 +104,17 @@ class HostTier:
                         self._give_back(held)
                     self._counters["deleted"] += 1
 
+    def clear(self) -> int:
+        """Forget every frame that nobody pins or reads now. Returns how many went; `evicted` is not asked."""
+        with self._lock:
+            keys = list(self._order)
+            for key in keys:
+                held = self._frames[key]
+                self._drop_from_index(held)
+                self._give_back(held)
+            self._counters["deleted"] += len(keys)
+            return len(keys)
+
     def status(self) -> TierStatus:
         with self._lock:
             counters = {**self._counters, "bytes_pinned": self._pinned}

@@ -30,7 +30,7 @@ SAN_KEY = "x509_subject_alternative_name"
 # Who may call which service; of one method where it differs. What is not here is refused.
 CALLERS: Mapping[str, tuple[str, ...]] = {
     "kvbank.Control": (WORKER,), "kvbank.Control/Snapshot": (WORKER, GATEWAY), "kvbank.Control/Locate": (WORKER, GATEWAY),
-    "kvbank.Jobs": (GATEWAY,), "kvbank.Bank": (WORKER,), "kvbank.Shard": (WORKER,),
+    "kvbank.Jobs": (GATEWAY,), "kvbank.Ops": (GATEWAY,), "kvbank.Bank": (WORKER,), "kvbank.Shard": (WORKER,),
 }
 
 

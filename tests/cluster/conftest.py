@@ -6,10 +6,12 @@ the right output is known beforehand.
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import grpc
 import numpy as np
@@ -23,6 +25,9 @@ from kvbank.cluster.links import Links
 from kvbank.cluster.roster import Worker
 from kvbank.kvstore.transport import rpc
 from kvbank.proto import jobs_pb2 as pb
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 TOKEN = "ab" * 16
 VOCAB = 256
@@ -49,6 +54,7 @@ class FakeWorker:
         self.seen: list[pb.Job] = []
         self.cancels: list[str] = []
         self.failure: tuple[str, str] | None = None          # answered instead of tokens
+        self.refusal: tuple[str, str] | None = None          # answered before the job is taken up
         self.die_at: int | None = None                       # abort the stream before this token index,
         self.die_once = True                                 # once or always
         self.hang_at: int | None = None                      # say nothing more from this token index on
@@ -89,6 +95,9 @@ class FakeWorker:
         self.seen.append(job)
         cancelled = threading.Event()
         threading.Thread(target=self._listen, args=(requests, cancelled), daemon=True).start()
+        if self.refusal is not None:
+            yield pb.SubmitReply(failed=pb.Failed(code=self.refusal[0], message=self.refusal[1]))
+            return
         yield pb.SubmitReply(accepted=pb.Accepted(worker=self.id))
         if self.failure is not None:
             yield pb.SubmitReply(failed=pb.Failed(code=self.failure[0], message=self.failure[1]))
@@ -221,7 +230,7 @@ def make_server() -> Iterator[Callable[..., SimpleNamespace]]:
         roster.alive = [worker.view() for worker in workers]
         limits = GatewayLimits(**{"silence_s": 2.0, "grace_s": 1.0, "no_worker_s": 2.0, "suspect_s": 0.2,
                                   **options.get("limits", {})})
-        facts = ModelFacts(name="fake", vocab_size=VOCAB, max_position=options.get("max_position", 4096))
+        facts = ModelFacts(name=options.get("model", "fake"), vocab_size=VOCAB, max_position=options.get("max_position", 4096))
         capacity = options.get("capacity_tokens")
 
         async def assemble() -> Assembly:
@@ -233,11 +242,12 @@ def make_server() -> Iterator[Callable[..., SimpleNamespace]]:
             )
             front = Front(
                 gateway=gateway, limits=HttpLimits(**{"quiet_s": 0.2, **options.get("http", {})}),
-                intake=Intake(
+                intake=options.get("intake", Intake)(
                     facts, lambda text, _start: list(text.encode()), capacity_tokens=lambda: capacity,
                     decode=lambda ids: bytes(ids).decode("latin-1"), render=options.get("render", plain_chat),
                     max_job_tokens=options.get("max_job_tokens"), pieces=BytePieces()),
                 api_keys=options.get("api_keys", {}), created=int(time.time()), status=options.get("status"),
+                ops=options.get("ops"),
             )
             return Assembly(front, roster)
 
@@ -249,6 +259,41 @@ def make_server() -> Iterator[Callable[..., SimpleNamespace]]:
     yield make
     for server in servers:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """A headless Chromium of this machine. Each test opens contexts of its own."""
+    found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("no Chromium here: install Debian's `chromium` to run the dashboard's tests")
+    sync = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[test]'")
+    with sync.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=[
+            "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium: Browser) -> Iterator[Callable[..., Page]]:
+    """open_page(address, scheme="light", width=1360): a page of the dashboard whose `.faults` are its console errors."""
+    contexts = []
+
+    def open_one(address: str, *, scheme: str = "light", width: int = 1360, height: int = 900, at: str = "#/") -> Page:
+        context = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        page.faults = []
+        page.on("console", lambda said: page.faults.append(said.text) if said.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: page.faults.append(str(error)))
+        page.goto(f"{address}/dashboard{at}")
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
 
 
 @pytest.fixture

@@ -26,7 +26,6 @@ from kvbank.workers.models.random_model import write_random_model
 from tests.cluster.test_route_walk import methods_of
 from tests.workers.conftest import TOKEN, Town
 
-settings.register_profile("long", max_examples=20_000, deadline=None)
 FIXTURE = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 

@@ -1,0 +1,73 @@
+"""Routes for who runs the cluster: the feed that the dashboard lives on, one member, one job, and the ops actions.
+
+GET /v1/ops/feed · GET /v1/ops/workers/ID · GET /v1/ops/jobs/NAME_ON_THE_WIRE · POST /v1/ops/members/ID/ACTION
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+import kvbank
+from kvbank.cluster.feed import Feed, job_row
+from kvbank.cluster.http.app import Front
+from kvbank.cluster.http.events import EventStream
+from kvbank.errors import NotFound, Unavailable
+
+PATIENCE_S = 10.0                    # a page that takes no byte for that long is cut off
+
+
+def build_feed(front: Front) -> Feed:
+    """The feed of this gateway; it asks nobody before somebody watches."""
+    async def nobody() -> dict[str, Any]:
+        return {"workers": [], "loans": [], "tiers": []}
+
+    facts = {"version": kvbank.__version__, "model": front.intake.facts.name, "started": front.created,
+             "actions": front.ops is not None}
+    feed = Feed(front.gateway, front.status or nobody, borrowed=front.borrowed, facts=facts)
+    if front.ops is not None:
+        ops = front.ops
+        ops.on_act, feed.audit = feed.acted, lambda: list(ops.audit)
+    return feed
+
+
+def routes(front: Front, feed: Feed) -> APIRouter:
+    """All behind the ops door."""
+    router = APIRouter(prefix="/v1/ops")
+
+    @router.get("/feed")
+    async def watch() -> Response:
+        feed.check_room()
+        return EventStream(_events(feed), patience_s=PATIENCE_S)
+
+    @router.get("/workers/{member}")
+    async def worker(member: str) -> Response:
+        told = await feed.worker(member)
+        if told is None:
+            raise NotFound("there is no such member: it left, or never was")
+        return JSONResponse(told)
+
+    @router.get("/jobs/{wire_id}")
+    async def job(wire_id: str) -> Response:
+        found = feed.job(wire_id)
+        if found is None:
+            raise NotFound("there is no such job: it never was, or it ended too long ago")
+        return JSONResponse({**job_row(found, 0), "timeline": found.timeline.told(), "receipt": found.receipt,
+                             "age_s": feed.age_of(found)})
+
+    @router.post("/members/{member}/{action}")
+    async def act(member: str, action: str, request: Request) -> Response:
+        if front.ops is None:
+            raise Unavailable("this gateway cannot reach members")
+        caller = request.state.caller
+        return JSONResponse(await front.ops.act(member, action, who=caller.name, tenant=caller.tenant))
+
+    return router
+
+
+async def _events(feed: Feed) -> AsyncIterator[bytes]:
+    async for name, data in feed.watch():
+        yield f"event: {name}\ndata: {data}\n\n".encode()

@@ -1,0 +1,165 @@
+"""Ops actions: what a member is asked, what is recorded of it, and the routes: roles, the token, the pages' files."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import grpc.aio
+import httpx
+import pytest
+
+from kvbank.cluster.ops import MAX_AUDIT, Ops
+from kvbank.errors import InvalidRequest, NotFound, Unavailable
+from kvbank.proto import ops_pb2
+from kvbank.proto.control_pb2 import Member, MemberView
+
+KEYS = {"key-user": "tenant-a", "key-ops": "tenant-a:ops"}
+OPS = {"Authorization": "Bearer key-ops"}
+
+
+class FakeLinks:
+    """Members that answer, refuse, or are away."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, ops_pb2.OpsRequest]] = []
+        self.reply: ops_pb2.OpsReply | None = ops_pb2.OpsReply(blocks=24, frames=3)
+
+    async def act(self, address: str, request: ops_pb2.OpsRequest, *, timeout_s: float) -> ops_pb2.OpsReply:
+        self.asked.append((address, request))
+        if self.reply is None:
+            raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "secret address")
+        return self.reply
+
+
+@pytest.fixture
+def links() -> FakeLinks:
+    return FakeLinks()
+
+
+@pytest.fixture
+def ops(links: FakeLinks) -> Ops:
+    members = [MemberView(member=Member(id="worker-0", kind="model", address="host:1")),
+               MemberView(member=Member(id="gateway", kind="gateway", address="host:2"))]
+    return Ops(SimpleNamespace(members=members), links, wall=lambda: 5.0)
+
+
+def act(ops: Ops, member: str, action: str) -> dict[str, Any]:
+    return asyncio.run(ops.act(member, action, who="key-12ab", tenant="t"))
+
+
+@pytest.mark.parametrize(("action", "kind", "outcome"), [
+    ("drain", "draining", "24 lent blocks called back"), ("undrain", "draining", "takes jobs and lends again"),
+    ("recall", "recall", "24 lent blocks called back"), ("clear", "clear", "24 idle blocks and 3 host frames dropped")])
+def test_an_action_reaches_its_member_and_is_recorded(ops, links, caplog, action, kind, outcome) -> None:
+    heard: list[dict[str, Any]] = []
+    ops.on_act = heard.append
+    with caplog.at_level(logging.INFO):
+        entry = act(ops, "worker-0", action)
+    (address, request), = links.asked
+    assert address == "host:1" and request.WhichOneof("kind") == kind
+    assert kind != "draining" or request.draining.on == (action == "drain")
+    assert entry == {"at": 5.0, "who": "key-12ab", "tenant": "t", "action": action, "member": "worker-0", "ok": True,
+                     "outcome": outcome}
+    assert list(ops.audit) == heard == [entry]
+    assert f"action={action}" in caplog.text and "who=key-12ab" in caplog.text
+
+
+def test_what_did_not_work_is_told_without_addresses_and_recorded_too(ops, links) -> None:
+    with pytest.raises(NotFound):
+        act(ops, "gateway", "drain")
+    with pytest.raises(InvalidRequest, match="drain, undrain, recall, clear"):
+        act(ops, "worker-0", "explode")
+    assert links.asked == []
+    links.reply = None
+    with pytest.raises(Unavailable) as away:
+        act(ops, "worker-0", "drain")
+    assert "secret" not in str(away.value) and "host" not in str(away.value)
+    links.reply = ops_pb2.OpsReply(error="this shard follows")
+    with pytest.raises(InvalidRequest, match="this shard follows"):
+        act(ops, "worker-0", "drain")
+    assert [entry["ok"] for entry in ops.audit] == [False] * 4
+    for _ in range(MAX_AUDIT):
+        with pytest.raises(NotFound):
+            act(ops, "x" * 1000, "drain")
+    assert len(ops.audit) == MAX_AUDIT and len(ops.audit[-1]["member"]) == 64
+
+
+def test_only_ops_with_the_pages_token_acts_and_the_trail_names_no_key(make_server, ops, links) -> None:
+    server = make_server(api_keys=KEYS, ops=ops)
+    url = f"{server.address}/v1/ops/members/worker-0/drain"
+    with httpx.Client() as client:
+        csrf = client.get(f"{server.address}/v1/ops/session", headers=OPS).json()["csrf"]
+        for headers in ({}, {"Authorization": "Bearer key-user", "x-kvbank-csrf": csrf}, OPS, {**OPS, "x-kvbank-csrf": "no"}):
+            assert client.post(url, headers=headers).status_code in (401, 403)
+        assert links.asked == []
+        done = client.post(url, headers={**OPS, "x-kvbank-csrf": csrf})
+        assert done.status_code == 200 and done.json()["who"].startswith("key-") and "key-ops" not in done.text
+        assert client.post(url.replace("drain", "explode"), headers={**OPS, "x-kvbank-csrf": csrf}).status_code == 400
+        assert client.get(f"{server.address}/v1/ops/feed", headers={"Authorization": "Bearer key-user"}).status_code == 403
+        for path in ("workers/nobody", "jobs/nothing"):
+            assert client.get(f"{server.address}/v1/ops/{path}", headers=OPS).status_code == 404
+
+
+def test_the_feed_tells_of_all_tenants_jobs_and_never_what_they_say(make_worker, make_server) -> None:
+    async def nobody() -> dict[str, Any]:
+        return {"workers": [], "loans": [], "tiers": []}
+
+    server = make_server(make_worker("worker-0"), api_keys={**KEYS, "key-b": "tenant-b"}, status=nobody)
+    prompt = "the secret plan of tenant b"
+    with httpx.Client(base_url=server.address) as client:
+        made = client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 8, "temperature": 0},
+                           headers={"Authorization": "Bearer key-b"}).json()
+        with client.stream("GET", "/v1/ops/feed", headers=OPS) as answer:
+            lines = answer.iter_lines()
+            head, data = next(lines), next(lines)
+        assert head == "event: snapshot"
+        snapshot = json.loads(data.removeprefix("data: "))
+        (job,) = snapshot["jobs"]
+        assert (job["tenant"], job["state"], job["outcome"], job["output_tokens"]) == ("tenant-b", "finished", "length", 8)
+        assert snapshot["window"]["recent"]["jobs"] == 1 and snapshot["window"]["ttft_s"]["count"] == 1
+        page = client.get(f"/v1/ops/jobs/{job['id']}", headers=OPS)
+        assert [m["phase"] for m in page.json()["timeline"]["moments"]][-1] == "decode"
+        assert page.json()["receipt"]["output_tokens"] == 8
+        text = made["choices"][0]["text"]
+        for told in (data, page.text):
+            assert prompt not in told and text not in told and "token_ids" not in told
+
+
+def test_a_page_that_was_closed_is_watched_for_no_longer(make_server, eventually) -> None:
+    server = make_server()
+    (feed,) = server.gateway.observers
+    with httpx.stream("GET", f"{server.address}/v1/ops/feed") as answer:
+        lines = answer.iter_lines()                  # held: a dropped iterator closes its response
+        next(lines)
+        assert feed.watched == 1
+    eventually(lambda: feed.watched == 0)
+
+
+def test_a_worker_that_refuses_a_job_did_not_take_it_up(make_worker, make_server, eventually) -> None:
+    drained, other = make_worker("worker-0"), make_worker("worker-1")
+    drained.refusal = ("unavailable", "this worker is draining and takes no new jobs")
+    address = make_server(drained, other, choose=lambda workers, _held, _tokens: min(w.id for w in workers)).address
+    whole = httpx.post(f"{address}/v1/completions", json={"prompt": [1, 2, 3], "max_tokens": 4}).json()
+    receipt = whole["kvbank"]["receipt"]
+    assert (receipt["output_tokens"], receipt["attempts"], receipt["recomputed_after_fault"]) == (4, 1, 0)
+
+
+def test_the_files_are_there_for_everybody_and_only_they(make_server) -> None:
+    address = make_server(api_keys=KEYS).address
+    for path, kind in (("", "text/html"), ("/", "text/html"), ("/app.js", "text/javascript"), ("/style.css", "text/css"),
+                       ("/mark.svg", "image/svg+xml")):
+        answer = httpx.get(f"{address}/dashboard{path}")
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith(kind)
+        assert "script-src 'self'" in answer.headers["content-security-policy"]
+        again = httpx.get(f"{address}/dashboard{path}", headers={"If-None-Match": answer.headers["etag"]})
+        assert again.status_code == 304 and not again.content
+    for path in ("nothing.js", "..%2fapp.py", "%2e%2e/app.py", "index.html%00", ".."):
+        assert httpx.get(f"{address}/dashboard/{path}").status_code == 404
+    assert httpx.get(f"{address}/dashboard/door").json() == {"sign_in": True}
+    assert httpx.get(f"{make_server().address}/dashboard/door").json() == {"sign_in": False}
+    assert httpx.post(f"{address}/dashboard").status_code == 405
