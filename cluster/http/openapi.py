@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -66,6 +67,15 @@ _ROUTES = {
     ("GET", "/v1/status"): _Told("The cluster now", "Status"),
     ("GET", "/metrics"): _Told("Prometheus' text format"),
     ("GET", "/v1/ops/session"): _Told("Who this key is, and the token that changes to the cluster need", "Session"),
+    ("GET", "/v1/ops/feed"): _Told("All that the dashboard shows, as events: first the whole, then what changed", errors=("429",)),
+    ("GET", "/v1/ops/workers/{member}"): _Told("One member in detail", errors=("404",)),
+    ("GET", "/v1/ops/jobs/{wire_id}"): _Told("One job in detail, without its texts", errors=("404",)),
+    ("POST", "/v1/ops/members/{member}/{action}"): _Told("Drain, undrain or clear a member, or recall what it lends",
+                                                         errors=("400", "404", "503")),
+    ("GET", "/dashboard"): _Told("The dashboard's page"),
+    ("GET", "/dashboard/"): _Told("The dashboard's page"),
+    ("GET", "/dashboard/door"): _Told("Whether the page has to ask for a key"),
+    ("GET", "/dashboard/{name}"): _Told("One of the page's files", errors=("404",)),
     ("GET", "/openapi.json"): _Told("This document", "OpenAPI"),
 }
 
@@ -148,7 +158,7 @@ def text() -> str:
     from kvbank.cluster.http.app import Front, build_app
     from kvbank.cluster.intake import Intake, ModelFacts
 
-    gateway: Any = None
+    gateway: Any = SimpleNamespace(observers=[])
     facts = ModelFacts(name="model", vocab_size=1, max_position=1)
     app = build_app(Front(gateway=gateway, intake=Intake(facts, lambda text, at_start: [])))
     return json.dumps(document(app), indent=1, ensure_ascii=False) + "\n"
