@@ -16,7 +16,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,12 @@ class Ours:
     def __init__(self, folder: Path, address: str, vocab: int) -> None:
         self.engine: Engine = build_engine(WorkerConfig(model=str(folder), device_blocks=BLOCKS))
         self._address = address.removeprefix("http://")
-        self._connect()
+        self._http, self._eye = self._connect(), self._connect()
         self._rng, self._vocab = random.Random(vocab), vocab
 
-    def _connect(self) -> None:
+    def _connect(self) -> http.client.HTTPConnection:
         # Python's own client: httpx would add a millisecond of its own to each request.
-        self._http = http.client.HTTPConnection(self._address, timeout=120)
+        return http.client.HTTPConnection(self._address, timeout=120)
 
     def prompt(self) -> list[int]:
         """One that nobody has seen."""
@@ -90,29 +90,31 @@ class Ours:
     def left(self) -> float:
         """Milliseconds from hanging up in the middle of an answer to no block in use."""
         chunks = self._chunks([self.prompt()], 4000)
-        for _ in range(3):                           # it decodes now
-            next(chunks)
+        next(chunks)
+        while not self._used():                      # the status is up to 0.1 s old
+            time.sleep(0.005)
+        chunks.close()
         self._http.close()
-        began = time.perf_counter()
-        self._connect()
+        began, self._http = time.perf_counter(), self._connect()
         while self._used():
             time.sleep(0.005)
         return 1e3 * (time.perf_counter() - began)
 
     def _used(self) -> int:
-        self._http.request("GET", "/v1/status")
-        return sum(worker["blocks_used"] for worker in json.loads(self._http.getresponse().read())["workers"])
+        self._eye.request("GET", "/v1/status")
+        return sum(worker["blocks_used"] for worker in json.loads(self._eye.getresponse().read())["workers"])
 
-    def _chunks(self, prompts: list[list[int]], tokens: int) -> Iterator[dict[str, Any]]:
+    def _chunks(self, prompts: list[list[int]], tokens: int) -> Generator[dict[str, Any], None, None]:
         body = {"prompt": prompts, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
                 "return_token_ids": True}
         self._http.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         answer = self._http.getresponse()
         if answer.status != 200:
             raise RuntimeError(f"status {answer.status}")
-        while line := answer.readline():
-            if line.startswith(b"data: {"):
-                yield json.loads(line[6:])
+        with answer:
+            while line := answer.readline():
+                if line.startswith(b"data: {"):
+                    yield json.loads(line[6:])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -80,6 +80,14 @@ def test_engine_stands_beside_transformers() -> None:
         assert figures[f"{name}_tokens_per_s"] > 0 and figures[f"{name}_ratio"] > 0
 
 
+@pytest.mark.slow
+def test_gateway_stands_beside_the_engine() -> None:
+    figures = figures_of(bench("gateway", "--quick"), "gateway")
+    assert figures["decode_engine_tokens_per_s"] > 0 and figures["decode_gateway_tokens_per_s"] > 0
+    assert figures["decode_loss"] < 1 and figures["ttft_added_ms"] > 0
+    assert 0 < figures["freed_after_leaving_ms"] <= figures["freed_after_leaving_ms_max"]
+
+
 def test_a_bench_that_is_not_there_is_refused_by_name() -> None:
     done = run_bench("nothing")
     assert done.returncode == 1

@@ -64,6 +64,25 @@ def test_everything_restarts_and_redis_still_has_it(engine, run_jobs, prompt, ex
     assert got.tally["b"].computed_tokens == 8 + 5
 
 
+def test_salts_share_nothing_on_the_shelves_either(engine, run_jobs, prompt) -> None:
+    with EmbeddedRedis(64 << 20) as redis:
+        def ask(where: str, name: str, salt: str, tenant: str = "default") -> int:
+            """Tokens of this prompt that the shelf had, in a worker that has just started."""
+            shelves = {"redis_url": redis.url} if where == "redis" else {"host_bytes": 64 << 20}
+            worker = host if where == "host" else engine(device_blocks=80, **shelves)
+            job = JobSpec(id=name, prompt=prompt(900), max_tokens=2, tenant=tenant, cache_salt=salt, ignore_eos=True)
+            reused = run_jobs(worker, job).tally[name].reused
+            worker.vault.drop_idle_spilled()
+            assert worker.store.flush(5.0)
+            return sum(reused.values())
+
+        host = engine(host_bytes=64 << 20, device_blocks=80)
+        for where in ("host", "redis"):
+            others = [("", "default"), ("x", "default"), ("y", "default"), ("x", "other"), ("", "other")]
+            assert [ask(where, f"{salt}-{tenant}", salt, tenant) for salt, tenant in others] == [0] * 5, where
+            assert [ask(where, f"{salt}-{tenant}-2", salt, tenant) for salt, tenant in others] == [896] * 5, where
+
+
 @BOTH
 def test_a_job_larger_than_the_vault_parks_its_oldest_spans_on_the_host(engine, alone, run_jobs, prompt, exactness) -> None:
     job = JobSpec(id="a", prompt=prompt(2000), max_tokens=12, ignore_eos=True)
