@@ -51,6 +51,8 @@ def test_the_wheel_holds_every_source_file_of_the_linked_folders_and_nothing_at_
     for folder in FOLDERS:
         inside = {name.removeprefix(f"kvbank/{folder}/") for name in names if name.startswith(f"kvbank/{folder}/")}
         assert sources(ROOT / folder) <= inside
+    pages = {path.name for path in (ROOT / "cluster/http/dashboard").iterdir()}
+    assert pages and {f"kvbank/cluster/http/dashboard/{page}" for page in pages} <= set(names)
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"kvbank"}
     assert {"kvbank/__init__.py", "kvbank/errors.py", "kvbank/py.typed", "kvbank/proto/bank.proto"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -7,6 +7,7 @@ import signal
 import time
 
 import httpx
+import pytest
 
 from kvbank.cluster.client import Client
 
@@ -27,7 +28,7 @@ def test_loans_jobs_and_a_killed_worker_are_seen_live(cluster, text, open_page) 
     live(page)
     page.wait_for_function("() => [...kvbank.cluster.workers.values()].filter((w) => w.state === 'ok').length === 3")
     with Client(town.address) as client:
-        job = client.submit(text(1200), max_tokens=600, ignore_eos=True, job_id="long-one")
+        job = client.submit(text(1200), max_tokens=300, ignore_eos=True, job_id="long-one")
         page.wait_for_function("() => kvbank.cluster.loans.size > 0")
         page.wait_for_selector("svg.flow .ribbon", state="attached")
         page.get_by_role("link", name="long-one").first.click()
@@ -40,7 +41,7 @@ def test_loans_jobs_and_a_killed_worker_are_seen_live(cluster, text, open_page) 
             || kvbank.cluster.events.some((e) => e.kind === 'member' && e.member === id && e.level !== 'info')""", arg=worker)
         print(f"\nthe page knew of the killed worker after {time.monotonic() - killed_at:.1f} s")
         result = job.result(timeout_s=120)
-        assert len(result.token_ids) == 600 and result.receipt.attempts == 2
+        assert len(result.token_ids) == 300 and result.receipt.attempts == 2
         page.wait_for_selector("text=attempt 2", state="attached")
         page.wait_for_selector(".timeline .lost", state="attached")
         page.wait_for_selector(".facts >> text=Blocks borrowed, at most")
@@ -49,6 +50,7 @@ def test_loans_jobs_and_a_killed_worker_are_seen_live(cluster, text, open_page) 
     assert page.faults == []
 
 
+@pytest.mark.slow
 def test_members_do_what_the_page_asks(cluster, text, until, open_page) -> None:
     town = cluster(workers=1, lenders=2, device_blocks=48, lender_blocks=48, host_bytes="16MiB")
     page = open_page(town.address, at="#/member/lender-0")
@@ -92,6 +94,7 @@ def test_members_do_what_the_page_asks(cluster, text, until, open_page) -> None:
     assert page.locator("tbody tr").count() == 5 and page.faults == []
 
 
+@pytest.mark.slow
 def test_caches_of_a_sharded_replica_are_cleared_by_its_leader(cluster, text, until) -> None:
     town = cluster(workers=1, lenders=0, shards=2, device_blocks=96)
     session = httpx.get(f"{town.address}/v1/ops/session").json()
