@@ -67,15 +67,11 @@ _ROUTES = {
     ("GET", "/v1/status"): _Told("The cluster now", "Status"),
     ("GET", "/metrics"): _Told("Prometheus' text format"),
     ("GET", "/v1/ops/session"): _Told("Who this key is, and the token that changes to the cluster need", "Session"),
-    ("GET", "/v1/ops/feed"): _Told("All that the dashboard shows, as events: first the whole, then what changed", errors=("429",)),
+    ("GET", "/v1/ops/feed"): _Told("What the dashboard shows, as events: the whole, then what changed", errors=("429",)),
     ("GET", "/v1/ops/workers/{member}"): _Told("One member in detail", errors=("404",)),
     ("GET", "/v1/ops/jobs/{wire_id}"): _Told("One job in detail, without its texts", errors=("404",)),
     ("POST", "/v1/ops/members/{member}/{action}"): _Told("Drain, undrain or clear a member, or recall what it lends",
                                                          errors=("400", "404", "503")),
-    ("GET", "/dashboard"): _Told("The dashboard's page"),
-    ("GET", "/dashboard/"): _Told("The dashboard's page"),
-    ("GET", "/dashboard/door"): _Told("Whether the page has to ask for a key"),
-    ("GET", "/dashboard/{name}"): _Told("One of the page's files", errors=("404",)),
     ("GET", "/openapi.json"): _Told("This document", "OpenAPI"),
 }
 
@@ -92,7 +88,7 @@ def document(app: FastAPI) -> dict[str, Any]:
     """Of an application made by build_app: every route behind its door."""
     paths: dict[str, dict[str, Any]] = {}
     for (method, path), role in sorted(app.state.doors.items()):
-        if method != "HEAD":
+        if method != "HEAD" and not path.startswith("/dashboard"):         # pages and their files are no interface
             path = re.sub(r":\w+}", "}", path)
             told = _ROUTES.get((method, path)) or _Told(f"{method} {path}")
             paths.setdefault(path, {})[method.lower()] = _operation(method, path, role, told)

@@ -261,7 +261,7 @@ def make_server() -> Iterator[Callable[..., SimpleNamespace]]:
         server.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")              # while its driver lives, an event loop runs in this thread: no longer than that
 def chromium() -> Iterator[Browser]:
     """A headless Chromium of this machine. Each test opens contexts of its own."""
     found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
