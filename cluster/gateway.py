@@ -113,7 +113,6 @@ class Gateway:
         if self._stopping:
             raise Unavailable("the cluster is stopping")
         if self.live >= self.limits.max_jobs:
-            self.meters.refused("overloaded")
             raise Overloaded(
                 f"{self.live} jobs are waiting or running, which is the limit; retry later",
                 retry_after_s=self._retry_after(),
@@ -185,7 +184,7 @@ class Gateway:
         self._jobs[(spec.tenant, job.id)] = job
         if spec.deadline_s is not None:
             job.deadline = asyncio.get_running_loop().call_later(spec.deadline_s, self._end, job, "deadline")
-        self.meters.admitted()
+        self.meters.admitted(spec.tenant)
         return job
 
     def _forget_old(self) -> None:
@@ -340,7 +339,7 @@ class Gateway:
             nonlocal owed
             self._pending[worker.id] -= owed
             owed = 0
-            self.meters.tokens(job, count)
+            self.meters.tokens(job, count, now=self._clock())
 
         attempt = Attempt(
             job, self._links.submit(worker.address), silence_s=self.limits.silence_s, grace_s=self.limits.grace_s,

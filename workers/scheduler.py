@@ -55,6 +55,7 @@ class Scheduler:
         self._step = 0
         self._give_way = (float("inf"), float("-inf"))         # to jobs elsewhere older than this stamp, until then
         self._begun: set[str] = set()
+        self.replayed_tokens = 0                  # since start: computed again after a fault
         self.planned: list[Sequence] = []         # in the order of the plan's rows
         self.reuse = Reuse(vault, backend, bank, fetcher, root_of=root_of, block_size=config.block_size,
                            span_tokens=config.span_tokens, window=window)
@@ -277,6 +278,7 @@ class Scheduler:
         seq.tally.computed_tokens += stop - start
         if replayed := seq.lost.overlap(start, stop):
             seq.tally.recomputed_after_fault += replayed
+            self.replayed_tokens += replayed
             seq.tally.missed[seq.loss_reason] += replayed
             seq.lost.fill(start, stop)
         self.reuse.note_computed(seq, start, stop)

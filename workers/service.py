@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import grpc
+import psutil
 import torch
 
 from kvbank.errors import KVBankError
@@ -275,7 +276,7 @@ class Worker:
         attend = self.attend.counters
         counters = {"remote_attention_served": attend.calls, "remote_attention_rows": attend.rows,
                     "attend_bytes_in": attend.bytes_in, "attend_bytes_out": attend.bytes_out, "attend_stale": attend.stale,
-                    "attend_tainted": attend.tainted}
+                    "attend_tainted": attend.tainted, "resident_bytes": psutil.Process().memory_info().rss}
         with self.vault.lock:
             counters |= {f"ledger_{name}": value for name, value in self.ledger.counters.items()}
         return {name: float(value) for name, value in counters.items()}
@@ -400,7 +401,13 @@ class ModelWorker(Worker):
         counters |= {"steps": engine.steps, "forward_rows": engine.forward_rows, "forward_s": engine.forward_s,
                      "step_s": engine.step_s, "remote_attention_calls": self.remote.calls,
                      "attend_bytes_sent": self.remote.bytes_sent, "attend_bytes_received": self.remote.bytes_received,
-                     "preemptions": self.engine.room.preemptions}
+                     "preemptions": self.engine.room.preemptions,
+                     "replayed_tokens": self.engine.scheduler.replayed_tokens}
+        load = self._load()
+        counters |= {name: float(load[name]) for name in ("jobs_running", "jobs_waiting", "tokens_pending")}
+        if self.store is not None:
+            counters |= {f"store_{name}": float(value) for name, value in self.store.counters().items()
+                         if name.startswith("missed_")}
         with self.vault.lock:
             counters |= {f"book_{name}": float(value) for name, value in self.book.counters.items()}
         return counters

@@ -23,6 +23,7 @@ from kvbank.cluster.http.doors import LOOPBACK
 from kvbank.cluster.intake import Intake, ModelFacts
 from kvbank.cluster.job import TextStream
 from kvbank.cluster.links import Links
+from kvbank.cluster.meters import Meters
 from kvbank.cluster.placement import choose_worker
 from kvbank.cluster.roster import Roster
 from kvbank.cluster.survey import Survey
@@ -57,6 +58,7 @@ class GatewaySettings:
     host: str = "127.0.0.1"
     port: int = 0
     api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    expected: Mapping[str, int] = field(default_factory=dict)        # members by kind, for whoever watches
     http: HttpLimits = field(default_factory=HttpLimits)
     limits: GatewayLimits = field(default_factory=GatewayLimits)
 
@@ -70,6 +72,7 @@ class GatewaySettings:
             dtype=flat["dtype"], exactness=flat["exactness"], block_size=flat["block_size"],
             span_tokens=flat["span_tokens"], host_bytes=flat["host_bytes"], lend_cap=flat["lend_cap"],
             host=flat["host"], port=flat["port"], api_keys=dict(flat["api_keys"]),
+            expected={"model": flat["workers"] * flat["shards"], "lender": flat["lenders"]},
             http=HttpLimits(body_bytes=flat["max_body_bytes"]),
             limits=GatewayLimits(max_jobs=flat["max_jobs"], retained_s=flat["keep_jobs_s"]),
         )
@@ -125,6 +128,7 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
         gateway = Gateway(
             roster=roster, links=links, open_text=open_text, block_keys=keys, eos_ids=config.eos_ids,
             limits=settings.limits,
+            meters=Meters(model=facts.name, jobs_limit=settings.limits.max_jobs, expected=settings.expected),
             choose=lambda workers, held, tokens: choose_worker(
                 held, workers, prompt_tokens=tokens, block_size=settings.block_size
             ),
