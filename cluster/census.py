@@ -14,7 +14,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from kvbank.cluster.families import ALL, COUNTER, GAUGE, LOANS, MEMBERS, OTHER, REST, SUMMARY, TIERS, Family, Names
+from kvbank.cluster.families import ALL, BEGIN, COUNTER, GAUGE, LOANS, MEMBERS, OTHER, REST, SUMMARY, TIERS, Family, Names
 
 _BREAKER = ("ok", "half_open", "open", "off")
 _MAX_EVENTS = 256                    # values of a label that members' own counter names make
@@ -51,7 +51,8 @@ class Census(Collector):
         made.add(ALL["kvbank_member_borrowed_blocks"], (name,), worker["blocks_borrowed"])
         for state in ("free", "used", "lent"):
             made.add(ALL["kvbank_member_blocks"], (name, state), worker[f"blocks_{state}"])
-        self._members.read(worker["counters"], (name,), made)
+        if up:                                       # a silent one tells nothing, and 0 would look like a new life
+            self._members.read({**_zeros(worker["kind"]), **worker["counters"]}, (name,), made)
         for tier in worker["tiers"]:
             place = (name, tier["name"])
             made.add(ALL["kvbank_tier_bytes"], place, tier["bytes_used"])
@@ -59,7 +60,7 @@ class Census(Collector):
             made.add(ALL["kvbank_tier_frames"], place, tier["frames"])
             for state in _BREAKER:
                 made.add(ALL["kvbank_tier_breaker"], (*place, state), int(tier["state"] == state))
-            self._tiers.read(tier["counters"], place, made)
+            self._tiers.read({**_zeros(tier["name"]), **tier["counters"]}, place, made)
 
 
 class _Dictionary:
@@ -80,9 +81,9 @@ class _Dictionary:
             begin, family = next((b, f) for b, f in self._stars if said.startswith(b))     # the last one is empty
             made.add(family, (*place, self._names(said.removeprefix(begin).lower()) or OTHER), amount)
 
-    @property
-    def known(self) -> set[str]:
-        return set(self._exact)
+
+def _zeros(of: str) -> dict[str, float]:
+    return dict.fromkeys(BEGIN.get(of, ()), 0.0)
 
 
 def _scale(said: str) -> float:

@@ -141,6 +141,24 @@ REST: tuple[Family, ...] = (
     _one(COUNTER, "tier_events_total", "worker tier event", "Counters of a tier that have no family of their own", ("*", "")),
 )
 
+# Members begin to tell some counters with the first event. Shown as 0 until then: Prometheus sees no increase in a series
+# that is born with its first event. By the kind of the member, or the name of the tier.
+_LENDER = tuple(f"ledger_{said}" for said in (
+    "loans", "slots_granted", "slots_sealed", "recalls", "stale_reads", "stale_puts", "bad_digests", "revoked_settled",
+    "revoked_term", "revoked_recall", "revoked_gone", "revoked_digest", "refused_FULL", "refused_CAP"))
+_BORROWER = tuple(f"book_{said}" for said in (
+    "loans_asked", "loans_opened", "spans_home", "spans_moved", "lost_gone", "lost_silent", "lost_stale", "lost_missing",
+    "lost_recall", "lost_tainted"))
+BEGIN: dict[str, tuple[str, ...]] = {
+    "lender": _LENDER,
+    "model": _LENDER + _BORROWER,
+    "host": ("puts", "bytes_put", "evicted"),
+    "redis": ("timeouts", "lost", "not_asked", "breaker_opened", "write_behind_stored", "write_behind_lost",
+              "write_behind_dropped_full"),
+}
+BEGIN_CODES = ("invalid_request", "too_long", "unauthorized", "not_found", "overloaded", "unavailable", "internal")
+BEGIN_LOST = ("unavailable", "silent", "stream_ended")
+
 SECTIONS: tuple[tuple[str, str, tuple[Family, ...]], ...] = (
     ("Jobs", "Counted by the gateway; over all members, since the gateway started.", GATEWAY),
     ("Members", "What each member says of itself when it is asked; a member that was started again counts from 0.", MEMBERS),

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 import kvbank
 from kvbank.cluster.census import Census
-from kvbank.cluster.families import ALL, Names
+from kvbank.cluster.families import ALL, BEGIN_CODES, BEGIN_LOST, Names
 from kvbank.cluster.job import Job
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -25,7 +25,7 @@ class Meters:
 
     def __init__(self, *, model: str = "", jobs_limit: int = 0, expected: Mapping[str, int] | None = None) -> None:
         """model: as callers name it. expected: members by kind that the settings ask for."""
-        prometheus_client.disable_created_metrics()  # a second series for each, which nobody asked for
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]   # a second series for each
         self.registry = CollectorRegistry()
         self._model = model
         self._tenant, self._reason, self._source, self._code = Names(), Names(), Names(), Names()
@@ -47,6 +47,10 @@ class Meters:
         self._jobs = self._gauge("jobs")
         self._gauge("jobs_limit").set(jobs_limit)
         self._gauge("build_info").labels(kvbank.__version__, model).set(1)
+        for code in BEGIN_CODES:
+            self._refused.labels(self._code(code))   # from 0, or the first one of each would be no increase
+        for reason in BEGIN_LOST:
+            self._lost.labels(reason)
         self._census = Census(expected or {})
         self.registry.register(self._census)
 

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvbank.cluster.census import Census
-from kvbank.cluster.families import ALL, COUNTER, MAX_TENANTS, OTHER, Names, page
+from kvbank.cluster.families import ALL, BEGIN, COUNTER, MAX_TENANTS, OTHER, Names, page
 from kvbank.cluster.meters import Meters
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -63,6 +63,17 @@ def test_a_counter_without_a_family_is_told_all_the_same() -> None:
     page_of = told(worker(counters={"brand_new": 5.0}, tiers=[tier(connects=9)]))
     assert page_of["kvbank_member_events_total", "worker-0", "brand_new"] == 5
     assert page_of["kvbank_tier_events_total", "worker-0", "redis", "connects"] == 9
+
+
+def test_what_has_not_happened_yet_is_0_but_a_silent_member_tells_nothing() -> None:
+    """Prometheus sees no increase in a series born with its first event, and a new life in a counter that falls to 0."""
+    assert told(worker(tiers=[tier()]))["kvbank_borrowed_spans_lost_total", "worker-0", "gone"] == 0
+    assert told(worker(tiers=[tier()]))["kvbank_tier_faults_total", "worker-0", "redis", "timeout"] == 0
+    assert not [key for key in told(worker(state="silent")) if key[0] == "kvbank_borrowed_spans_lost_total"]
+    every = {said for family in ALL.values() for said, _ in family.told}
+    stars = tuple(said[:-1] for said in every if said.endswith("*") and said != "*")
+    for names in BEGIN.values():
+        assert all(said in every or said.startswith(stars) for said in names), "it would end among the rest"
 
 
 def test_a_tier_tells_its_breaker_its_ratio_and_the_time_it_took() -> None:
