@@ -18,6 +18,8 @@ GROUPS = yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"]
 RULES = {rule["alert"]: rule for group in GROUPS for rule in group["rules"]}
 WORKER = 'worker="worker-0"'
 REDIS = f'{WORKER},tier="redis"'
+HOST = f'{WORKER},tier="host"'
+TTFT = "kvbank_ttft_seconds_bucket"
 
 
 class Case(NamedTuple):
@@ -54,10 +56,10 @@ CASES = {
         {'kvbank_jobs_ended_total{outcome="stop"}': "0+90x60", 'kvbank_jobs_ended_total{outcome="internal"}': "0+10x60"},
         {'kvbank_jobs_ended_total{outcome="stop"}': "0+90x60", 'kvbank_jobs_ended_total{outcome="cancelled"}': "0+10x60"}),
     "KvbankFirstTokenSlow": Case(
-        {'kvbank_ttft_seconds_bucket{le="60",model="m"}': "0+90x60", 'kvbank_ttft_seconds_bucket{le="300",model="m"}': "0+100x60",
-         'kvbank_ttft_seconds_bucket{le="+Inf",model="m"}': "0+100x60"},
-        {'kvbank_ttft_seconds_bucket{le="60",model="m"}': "0+100x60", 'kvbank_ttft_seconds_bucket{le="300",model="m"}': "0+100x60",
-         'kvbank_ttft_seconds_bucket{le="+Inf",model="m"}': "0+100x60"}),
+        {TTFT + '{le="60",model="m"}': "0+90x60", TTFT + '{le="300",model="m"}': "0+100x60",
+         TTFT + '{le="+Inf",model="m"}': "0+100x60"},
+        {TTFT + '{le="60",model="m"}': "0+100x60", TTFT + '{le="300",model="m"}': "0+100x60",
+         TTFT + '{le="+Inf",model="m"}': "0+100x60"}),
     "KvbankHitRatioFell": Case(
         {'kvbank_prompt_tokens_total{tenant="a"}': "0+6000x420", 'kvbank_reused_tokens_total{source="device",tenant="a"}':
          "0+4000x360 1440000+100x60"},
@@ -86,8 +88,8 @@ CASES = {
         {f'kvbank_member_blocks{{{WORKER},state="free"}}': "4x60", f"kvbank_member_capacity_blocks{{{WORKER}}}": "100x60"},
         {f'kvbank_member_blocks{{{WORKER},state="free"}}': "6x60", f"kvbank_member_capacity_blocks{{{WORKER}}}": "100x60"}),
     "KvbankTierPinned": Case(
-        {f'kvbank_tier_pinned_bytes{{{WORKER},tier="host"}}': "95x60", f'kvbank_tier_limit_bytes{{{WORKER},tier="host"}}': "100x60"},
-        {f'kvbank_tier_pinned_bytes{{{WORKER},tier="host"}}': "0x60", f'kvbank_tier_limit_bytes{{{WORKER},tier="host"}}': "0x60"}),
+        {f'kvbank_tier_pinned_bytes{{{HOST}}}': "95x60", f'kvbank_tier_limit_bytes{{{HOST}}}': "100x60"},
+        {f'kvbank_tier_pinned_bytes{{{HOST}}}': "0x60", f'kvbank_tier_limit_bytes{{{HOST}}}': "0x60"}),
     "KvbankWritesDropped": Case({f'kvbank_write_behind_frames_total{{{REDIS},outcome="full"}}': "0+1x60"},
                                 {f'kvbank_write_behind_frames_total{{{REDIS},outcome="stored"}}': "0+1x60"}),
 }
