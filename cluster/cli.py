@@ -172,6 +172,10 @@ def _up(args: argparse.Namespace) -> int:
         return _up_detached(args, folder)
     from kvbank.cluster.launcher import LocalCluster
 
+    if args.tell is not None:                        # detached: its log is a file that somebody may read by program
+        from kvbank.cluster.logs import set_up
+
+        set_up("launcher", settings.flat(), [*settings.http.api_keys, settings.tiers.cache_secret or ""])
     tell = _Teller(args)
     api_key = next(iter(settings.http.api_keys), "")
     mine = statefile.claim(folder, args.name, api_key=api_key, config=[list(row) for row in settings.rows()])

@@ -139,9 +139,17 @@ class HttpSettings:
     keep_jobs_s: float = _set("float", 600.0, "a finished job can be asked for this long", low=0, high=7 * 86_400)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggingSettings:
+    """What members write while they run."""
+
+    format: str = _set("str", "keyvalue", "of a line: keyvalue or json", choices=("keyvalue", "json"))
+    level: str = _set("str", "info", "the least that is written", choices=("debug", "info", "warning", "error"))
+
+
 SECTIONS: Mapping[str, type] = MappingProxyType({
     "cluster": ClusterSettings, "engine": EngineSettings, "vault": VaultSettings, "tiers": TierSettings,
-    "loans": LoanSettings, "http": HttpSettings,
+    "loans": LoanSettings, "http": HttpSettings, "logging": LoggingSettings,
 })
 
 
@@ -155,6 +163,7 @@ class Settings:
     tiers: TierSettings = field(default_factory=TierSettings)
     loans: LoanSettings = field(default_factory=LoanSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
     sources: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def flat(self) -> dict[str, Any]:

@@ -213,7 +213,7 @@ class Gateway:
             self._close(job, Unavailable("the cluster is stopping"))
             raise
         except Exception:
-            log.exception("job internal_error job=%s", job.wire_id)
+            log.exception("job_internal_error job=%s", job.wire_id)
             self._close(job, KVBankError("an internal error ended this job"))
         else:
             self._close(job, None)
@@ -240,7 +240,7 @@ class Gateway:
             if self._complete(job):                  # only the last word of the attempt was lost
                 return
             self.meters.lost(lost.reason)
-            log.info("job attempt_lost job=%s attempt=%d worker=%s reason=%s emitted=%d",
+            log.info("job_attempt_lost job=%s attempt=%d worker=%s reason=%s emitted=%d",
                      job.wire_id, job.attempt, worker.id, lost.reason, len(job.ids))
             if lost.refusal is not None:
                 refused.add((worker.id, worker.boot))

@@ -224,7 +224,7 @@ class GatewayServer:
             asyncio.run(self._serve())
         except BaseException as error:
             if self._ready.is_set():
-                log.exception("gateway crashed")
+                log.exception("gateway_crashed")
             self._failure = error
         finally:
             self._ready.set()
