@@ -28,6 +28,7 @@ from kvbank.cluster.job import Job, TextStream
 from kvbank.cluster.links import Links
 from kvbank.cluster.meters import Meters
 from kvbank.cluster.roster import RecentPrefixes, Worker
+from kvbank.cluster.traced import TracedJobs
 from kvbank.errors import InvalidRequest, KVBankError, NotFound, Overloaded, Unavailable
 from kvbank.proto import jobs_pb2
 
@@ -76,10 +77,12 @@ class Gateway:
         eos_ids: Sequence[int] = (),
         limits: GatewayLimits | None = None,
         meters: Meters | None = None,
+        traced: TracedJobs | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits or GatewayLimits()
         self.meters = meters or Meters()
+        self.traced = traced
         self._roster = roster
         self._links = links
         self._choose = choose
@@ -162,6 +165,8 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._links.close()
+        if self.traced is not None:
+            await asyncio.to_thread(self.traced.close)
 
     # ------------------------------------------------------------------ admission and retention
 
@@ -185,6 +190,8 @@ class Gateway:
         if spec.deadline_s is not None:
             job.deadline = asyncio.get_running_loop().call_later(spec.deadline_s, self._end, job, "deadline")
         self.meters.admitted(spec.tenant)
+        if self.traced is not None:
+            self.traced.admitted(job)
         return job
 
     def _forget_old(self) -> None:
@@ -223,6 +230,8 @@ class Gateway:
         self._over[(job.spec.tenant, job.id)] = job.ended_at
         self._finish_receipt(job)
         self.meters.ended(job)
+        if self.traced is not None:
+            self.traced.over(job)
         self._forget_old()
         job.announce()
 
@@ -341,13 +350,17 @@ class Gateway:
             owed = 0
             self.meters.tokens(job, count, now=self._clock())
 
+        span = self.traced.attempt(job, worker.id) if self.traced is not None else None
+        call = self._links.submit(worker.address, trace=span.parent if span is not None else "")
         attempt = Attempt(
-            job, self._links.submit(worker.address), silence_s=self.limits.silence_s, grace_s=self.limits.grace_s,
+            job, call, silence_s=self.limits.silence_s, grace_s=self.limits.grace_s,
             clock=self._clock, on_tokens=on_tokens, on_stop=lambda: self._end(job, "stop"),
         )
         try:
             return await attempt.run()
         finally:
+            if span is not None:
+                span.end(output_tokens=len(job.ids))
             self._lanes[worker.address] -= 1
             self._pending[worker.id] -= owed
             self._room.set()

@@ -30,6 +30,7 @@ from kvbank.kvstore.ledger import LoanLedger
 from kvbank.kvstore.messages import Compat
 from kvbank.kvstore.store import BlockStore
 from kvbank.kvstore.timings import LoanTimings
+from kvbank.kvstore.traces import open_traces
 from kvbank.kvstore.transport import rpc
 from kvbank.kvstore.transport.links import Links
 from kvbank.kvstore.vault import Arena, LendPool, Vault
@@ -122,6 +123,7 @@ class Worker:
         self._lenders: list[Lender] = []
         self._stopping = threading.Event()
         self.address = ""
+        self.traces = open_traces(self.id, self._settings)
         self._build()
 
     def _build(self) -> None:
@@ -151,8 +153,8 @@ class Worker:
                              ledger=self.ledger, book=book, data=data, on_engine=on_engine)
         pins = LedgerPins(self.banker, self.ledger, self.vault.lock)
         self.attend = AttendServer(self.arena, pins, lambda borrower: layout_from(self.banker, borrower),
-                                  verify=self._settings["verify_attend"])
-        bank = BankService(self.banker, self.arena, self.attend, self.vault.lock)
+                                  verify=self._settings["verify_attend"], traces=self.traces)
+        bank = BankService(self.banker, self.arena, self.attend, self.vault.lock, traces=self.traces)
         self._server.add_generic_rpc_handlers((bank.handlers(),))
 
     def _compat(self) -> Compat:
@@ -179,6 +181,8 @@ class Worker:
         self._stopping.set()
         self.banker.stop()
         self._server.stop(grace=0.2).wait(1.0)
+        if self.traces is not None:
+            self.traces.close()
 
     def identity(self) -> Mapping[str, Any]:
         return {"numerics": numerics_id(self.worker_config), "slot_bytes": self.arena.slot_bytes,
@@ -300,7 +304,9 @@ class ModelWorker(Worker):
         self.book = leader.book
         self.engine = leader.engine
         self.jobs = JobsService(self.engine, self.id, vocab_size=self.parts.model.vocab_size, status=self.status,
-                                clock=time.monotonic, hear_control=self._hear_control)
+                                clock=time.monotonic, hear_control=self._hear_control, traces=self.traces)
+        if self.traces is not None:
+            self.borrower.trace_of = self.jobs.trace_of
 
     def root_of(self, layout: Layout) -> Callable[[str], BlockKey]:
         return root_keys(self.cache_secret, self._config.get("model_digest", ""), layout, self.worker_config)

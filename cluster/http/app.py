@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from kvbank.cluster.gateway import Gateway
 from kvbank.cluster.http.doors import LOOPBACK, OPEN, OPS, USER, Door, Doorman, OriginGuard
 from kvbank.cluster.intake import Intake, parse_json
+from kvbank.cluster.traced import IncomingTrace
 from kvbank.errors import InvalidRequest, KVBankError, NotFound, Overloaded, Unauthorized
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ def build_app(front: Front) -> FastAPI:
     app.add_exception_handler(Exception, _answer_unknown_error)
     open_house = not callable(front.api_keys) and not front.api_keys
     app.add_middleware(OriginGuard, hosts=front.hosts if open_house or front.named else None)
+    if front.gateway.traced is not None:
+        app.add_middleware(IncomingTrace)
     return app
 
 

@@ -27,9 +27,11 @@ from kvbank.cluster.meters import Meters
 from kvbank.cluster.placement import choose_worker
 from kvbank.cluster.roster import Roster
 from kvbank.cluster.survey import Survey
+from kvbank.cluster.traced import TracedJobs
 from kvbank.errors import ConfigError
 from kvbank.kvstore.hashing import block_keys, root_key
 from kvbank.kvstore.layout import Layout
+from kvbank.kvstore.traces import open_traces
 from kvbank.proto.control_pb2 import Member
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class GatewaySettings:
     port: int = 0
     api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     expected: Mapping[str, int] = field(default_factory=dict)        # members by kind, for whoever watches
+    tracing: Mapping[str, Any] = field(default_factory=dict)         # the section `tracing`
     http: HttpLimits = field(default_factory=HttpLimits)
     limits: GatewayLimits = field(default_factory=GatewayLimits)
 
@@ -73,6 +76,7 @@ class GatewaySettings:
             span_tokens=flat["span_tokens"], host_bytes=flat["host_bytes"], lend_cap=flat["lend_cap"],
             host=flat["host"], port=flat["port"], api_keys=dict(flat["api_keys"]),
             expected={"model": flat["workers"] * flat["shards"], "lender": flat["lenders"]},
+            tracing={name: flat[name] for name in ("exporter", "otlp_endpoint", "trace_dir", "sampled")},
             http=HttpLimits(body_bytes=flat["max_body_bytes"]),
             limits=GatewayLimits(max_jobs=flat["max_jobs"], retained_s=flat["keep_jobs_s"]),
         )
@@ -102,6 +106,8 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
     def encode(text: str, at_start: bool) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=at_start).ids)
 
+    traces = open_traces("gateway", settings.tracing)
+
     async def assemble() -> Assembly:
         links = Links(settings.token)
         roster = Roster(links, settings.control)
@@ -129,6 +135,7 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
             roster=roster, links=links, open_text=open_text, block_keys=keys, eos_ids=config.eos_ids,
             limits=settings.limits,
             meters=Meters(model=facts.name, jobs_limit=settings.limits.max_jobs, expected=settings.expected),
+            traced=TracedJobs(traces) if traces is not None else None,
             choose=lambda workers, held, tokens: choose_worker(
                 held, workers, prompt_tokens=tokens, block_size=settings.block_size
             ),
