@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from kvbank.cluster.config import child_variables, marked_environment
+from kvbank.cluster.logs import secrets_of, set_up
 from kvbank.cluster.member import Build, Member, build_part, started
 from kvbank.cluster.processes import tail
 from kvbank.errors import ConfigError, KVBankError, Unavailable, from_code
@@ -34,7 +35,7 @@ class MemberActor:
             output = os.open(config["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             os.dup2(output, 1)
             os.dup2(output, 2)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
+        set_up(config["id"], config.get("settings", {}), secrets_of(config))
         self._member = Member(config, build=build)
 
     def start(self) -> dict[str, Any]:

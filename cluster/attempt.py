@@ -177,7 +177,7 @@ class Attempt:
             return self._over(failed.code)
         message = failed.message
         if failed.code in _WORDED_FOR_US:
-            log.warning("job worker_failed job=%s worker=%s code=%s message=%s",
+            log.warning("job_worker_failed job=%s worker=%s code=%s message=%s",
                         job.wire_id, job.worker, failed.code, message)
             message = "the worker could not serve this job"
         error = from_code(failed.code, message)

@@ -1,4 +1,5 @@
-"""The command `kvbank`: up, down, status, submit, demo, bench, certs, doctor, plan. Each takes --json: one object on stdout.
+"""The command `kvbank`: up, down, status, top, submit, demo, bench, certs, doctor, plan. Each takes --json: one object on
+stdout.
 
 Exit status: 0 done, 1 a typed error (told on stderr, or as {"error": ...} with --json), 2 wrong usage, 130 Ctrl-C.
 Heavy imports wait until a verb needs them, so that `status` and `submit` load neither torch nor Ray.
@@ -92,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--config", dest="show_config", action="store_true",
                         help="the effective settings and where each came from")
 
+    top = verb("top", _top, "watch members, tiers, loans, jobs and rates")
+    _add_target(top)
+    top.add_argument("--once", action="store_true", help="look once, and end")
+    top.add_argument("--interval-s", type=float, default=1.0, help="seconds between two looks")
+
     submit = verb("submit", _submit, "run one prompt and stream its answer")
     _add_target(submit)
     submit.add_argument("prompt", nargs="?", help="the prompt; - reads standard input")
@@ -178,6 +184,10 @@ def _up(args: argparse.Namespace) -> int:
         return _up_detached(args, folder)
     from kvbank.cluster.launcher import LocalCluster
 
+    if args.tell is not None:                        # detached: its log is a file that somebody may read by program
+        from kvbank.cluster.logs import set_up
+
+        set_up("launcher", settings.flat(), [*settings.http.api_keys, settings.tiers.cache_secret or ""])
     tell = _Teller(args)
     mine = statefile.claim(folder, args.name, api_key=_own_key(settings), ca=settings.http.tls_cert or "",
                            config=[list(row) for row in settings.rows()])
@@ -360,6 +370,15 @@ def _status(args: argparse.Namespace) -> int:
     else:
         console().print(status_view(status))
     return 0
+
+
+def _top(args: argparse.Namespace) -> int:
+    from kvbank.cluster.top import run
+
+    if not 0.1 <= args.interval_s <= 3600:
+        raise InvalidRequest(f"--interval-s {args.interval_s:g} is not between 0.1 and 3600")
+    with _client(args) as client:
+        return run(client, once=args.once, as_json=args.json, interval_s=args.interval_s)
 
 
 def _status_config(args: argparse.Namespace) -> int:

@@ -153,9 +153,28 @@ class HttpSettings:
     keep_jobs_s: float = _set("float", 600.0, "a finished job can be asked for this long", low=0, high=7 * 86_400)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggingSettings:
+    """What members write while they run."""
+
+    format: str = _set("str", "keyvalue", "of a line: keyvalue or json", choices=("keyvalue", "json"))
+    level: str = _set("str", "info", "the least that is written", choices=("debug", "info", "warning", "error"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracingSettings:
+    """Spans of jobs, with OpenTelemetry (the extra `trace`)."""
+
+    exporter: str = _set("str", "none", "where spans go: none (off), otlp, or file", choices=("none", "otlp", "file"))
+    otlp_endpoint: str = _set("str", "http://127.0.0.1:4317", "of the collector, OTLP over gRPC", pattern=r"https?://[^\s@]+")
+    trace_dir: str | None = _set("path", None, "where exporter=file writes a file of JSON lines per member", none=True)
+    sampled: float = _set("float", 1.0, "share of traces kept that no caller decided about", low=0, high=1)
+
+
 SECTIONS: Mapping[str, type] = MappingProxyType({
     "cluster": ClusterSettings, "engine": EngineSettings, "vault": VaultSettings, "tiers": TierSettings,
-    "loans": LoanSettings, "http": HttpSettings,
+    "loans": LoanSettings, "http": HttpSettings, "logging": LoggingSettings,
+    "tracing": TracingSettings,
 })
 
 
@@ -169,6 +188,8 @@ class Settings:
     tiers: TierSettings = field(default_factory=TierSettings)
     loans: LoanSettings = field(default_factory=LoanSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+    tracing: TracingSettings = field(default_factory=TracingSettings)
     sources: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def flat(self) -> dict[str, Any]:
@@ -373,6 +394,8 @@ def _check(settings: Settings) -> Settings:
                               "http.tls_cert and http.tls_key, or cluster.allow_plaintext to true behind a proxy that does")
     if redis not in (None, "embedded") and not re.match(r"(rediss?|unix)://", str(redis)):
         raise ConfigError("tiers.redis must be 'embedded', none, or a URL beginning with redis://, rediss:// or unix://")
+    if settings.tracing.exporter == "file" and settings.tracing.trace_dir is None:
+        raise ConfigError("tracing.exporter is file and tracing.trace_dir is not set: say which folder")
     return replace(settings, vault=_whole_spans(settings.vault))
 
 

@@ -29,6 +29,7 @@ from kvbank.cluster.links import Links
 from kvbank.cluster.meters import Meters
 from kvbank.cluster.quotas import Quotas
 from kvbank.cluster.roster import RecentPrefixes, Worker
+from kvbank.cluster.traced import TracedJobs
 from kvbank.errors import InvalidRequest, KVBankError, NotFound, Overloaded, Unavailable
 from kvbank.proto import jobs_pb2
 
@@ -90,10 +91,12 @@ class Gateway:
         eos_ids: Sequence[int] = (),
         limits: GatewayLimits | None = None,
         meters: Meters | None = None,
+        traced: TracedJobs | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits or GatewayLimits()
         self.meters = meters or Meters()
+        self.traced = traced
         self._roster = roster
         self._links = links
         self._choose = choose
@@ -130,7 +133,6 @@ class Gateway:
         if self._stopping:
             raise Unavailable("the cluster is stopping")
         if self.live >= self.limits.max_jobs:
-            self.meters.refused("overloaded")
             for observer in self.observers:
                 observer.refused("overloaded")
             raise Overloaded(
@@ -140,7 +142,8 @@ class Gateway:
         try:
             self._quotas.admit(spec.tenant, spec.prompt_tokens + spec.max_tokens, self._clock())
         except Overloaded:
-            self.meters.refused("overloaded")
+            for observer in self.observers:
+                observer.refused("overloaded")
             raise
         job = self._admit(spec)
         task = asyncio.create_task(self._run(job))
@@ -194,6 +197,8 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._links.close()
+        if self.traced is not None:
+            await asyncio.to_thread(self.traced.close)
 
     # ------------------------------------------------------------------ admission and retention
 
@@ -216,10 +221,12 @@ class Gateway:
         self._jobs[(spec.tenant, job.id)] = job
         if spec.deadline_s is not None:
             job.deadline = asyncio.get_running_loop().call_later(spec.deadline_s, self._end, job, "deadline")
-        self.meters.admitted()
+        self.meters.admitted(spec.tenant)
         job.enter("queued", self._clock())
         for observer in self.observers:
             observer.admitted(job)
+        if self.traced is not None:
+            self.traced.admitted(job)
         return job
 
     def _forget_old(self) -> None:
@@ -248,7 +255,7 @@ class Gateway:
             self._close(job, Unavailable("the cluster is stopping"))
             raise
         except Exception:
-            log.exception("job internal_error job=%s", job.wire_id)
+            log.exception("job_internal_error job=%s", job.wire_id)
             self._close(job, KVBankError("an internal error ended this job"))
         else:
             self._close(job, None)
@@ -261,6 +268,8 @@ class Gateway:
         self.meters.ended(job)
         for observer in self.observers:
             observer.ended(job)
+        if self.traced is not None:
+            self.traced.over(job)
         self._forget_old()
         job.announce()
 
@@ -281,7 +290,7 @@ class Gateway:
             job.enter("queued", self._clock(), f"lost: {lost.reason}")
             for observer in self.observers:
                 observer.lost(job, worker.id, lost.reason)
-            log.info("job attempt_lost job=%s attempt=%d worker=%s reason=%s emitted=%d",
+            log.info("job_attempt_lost job=%s attempt=%d worker=%s reason=%s emitted=%d",
                      job.wire_id, job.attempt, worker.id, lost.reason, len(job.ids))
             if lost.refusal is not None:
                 refused.add((worker.id, worker.boot))
@@ -381,17 +390,21 @@ class Gateway:
             nonlocal owed
             self._pending[worker.id] -= owed
             owed = 0
-            self.meters.tokens(job, count)
+            self.meters.tokens(job, count, now=self._clock())
             for observer in self.observers:
                 observer.tokens(count)
 
+        span = self.traced.attempt(job, worker.id) if self.traced is not None else None
+        call = self._links.submit(worker.address, trace=span.parent if span is not None else "")
         attempt = Attempt(
-            job, self._links.submit(worker.address), silence_s=self.limits.silence_s, grace_s=self.limits.grace_s,
+            job, call, silence_s=self.limits.silence_s, grace_s=self.limits.grace_s,
             clock=self._clock, on_tokens=on_tokens, on_stop=lambda: self._end(job, "stop"),
         )
         try:
             return await attempt.run()
         finally:
+            if span is not None:
+                span.end(output_tokens=len(job.ids))
             self._lanes[worker.address] -= 1
             self._pending[worker.id] -= owed
             self._room.set()

@@ -23,15 +23,15 @@ class Links:
         self._badge = badge
         self._channels: dict[tuple[str, str], Any] = {}
 
-    def submit(self, address: str) -> Any:
-        """A fresh Submit stream; the caller writes the job first and cancels the call when it leaves."""
+    def submit(self, address: str, *, trace: str = "") -> Any:
+        """A fresh Submit stream; the caller writes the job first and cancels the call when it leaves. trace: traceparent."""
         channel, metadata = self._channel(address, "submit")
         method = channel.stream_stream(
             "/kvbank.Jobs/Submit",
             request_serializer=jobs_pb2.SubmitRequest.SerializeToString,
             response_deserializer=jobs_pb2.SubmitReply.FromString,
         )
-        return method(metadata=metadata)
+        return method(metadata=(*metadata, ("traceparent", trace)) if trace else metadata)
 
     async def status(self, address: str, *, timeout_s: float) -> jobs_pb2.WorkerStatus:
         """What one member says of itself. Raises grpc.aio.AioRpcError."""

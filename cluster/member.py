@@ -31,6 +31,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import kvbank
 from kvbank.cluster.heartbeat import Heartbeat
+from kvbank.cluster.logs import secrets_of, set_up
 from kvbank.cluster.membership import Facts, Versions
 from kvbank.errors import ConfigError, KVBankError
 from kvbank.kvstore.transport.badge import Badge
@@ -192,7 +193,7 @@ def main(build: Build = build_part) -> None:
     ready = os.fdopen(config.pop("ready"), "w")
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)                 # Ctrl-C is for the launcher, which then stops us
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    set_up(config["id"], config.get("settings", {}), secrets_of(config))
     member = Member(config, build=build)
     answer = started(member)
     if "error" in answer:

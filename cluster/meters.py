@@ -1,95 +1,111 @@
-"""Meters: what the gateway counts, in a Prometheus registry of its own. No label says who asked, or for what."""
+"""Meters: what the gateway counts, in a Prometheus registry of its own, with the census of the members beside it.
+
+Names, labels and meanings are in families.py. No label says what a caller asked for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+import kvbank
+from kvbank.cluster.census import Census
+from kvbank.cluster.families import ALL, BEGIN_CODES, BEGIN_LOST, Names
 from kvbank.cluster.job import Job
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
 
 class Meters:
     """One gateway's counters; several gateways in one process do not share any."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, model: str = "", jobs_limit: int = 0, expected: Mapping[str, int] | None = None) -> None:
+        """model: as callers name it. expected: members by kind that the settings ask for."""
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]   # a second series for each
         self.registry = CollectorRegistry()
+        self._model = model
+        self._tenant, self._reason, self._source, self._code = Names(), Names(), Names(), Names()
+        self._last: dict[str, float] = {}            # job's wire id -> when its last token came
 
-        def counter(name: str, about: str, *labels: str) -> Counter:
-            return Counter(f"kvbank_{name}", about, labels, registry=self.registry)
+        self._admitted = self._counter("jobs_admitted")
+        self._ended = self._counter("jobs_ended")
+        self._refused = self._counter("requests_refused")
+        self._lost = self._counter("attempts_lost")
+        self._prompt = self._counter("prompt_tokens")
+        self._output = self._counter("output_tokens")
+        self._computed = self._counter("computed_tokens")
+        self._reused = self._counter("reused_tokens")
+        self._missed = self._counter("missed_tokens")
+        self._replayed = self._counter("replayed_tokens").labels(model)
+        self._ttft = self._seconds("ttft", _SECONDS)
+        self._between = self._seconds("inter_token", _BETWEEN)
+        self._total = self._seconds("job", _SECONDS)
+        self._jobs = self._gauge("jobs")
+        self._gauge("jobs_limit").set(jobs_limit)
+        self._gauge("build_info").labels(kvbank.__version__, model).set(1)
+        for code in BEGIN_CODES:
+            self._refused.labels(self._code(code))   # from 0, or the first one of each would be no increase
+        for reason in BEGIN_LOST:
+            self._lost.labels(reason)
+        self._census = Census(expected or {})
+        self.registry.register(self._census)
 
-        def gauge(name: str, about: str, *labels: str) -> Gauge:
-            return Gauge(f"kvbank_{name}", about, labels, registry=self.registry)
+    def _counter(self, name: str) -> Counter:
+        family = ALL[f"kvbank_{name}_total"]
+        return Counter(family.name, family.about, family.labels, registry=self.registry)
 
-        def seconds(name: str, about: str) -> Histogram:
-            return Histogram(f"kvbank_{name}_seconds", about, buckets=_SECONDS, registry=self.registry)
+    def _gauge(self, name: str) -> Gauge:
+        family = ALL[f"kvbank_{name}"]
+        return Gauge(family.name, family.about, family.labels, registry=self.registry)
 
-        self._admitted = counter("jobs_admitted", "Jobs admitted")
-        self._ended = counter("jobs_ended", "Jobs over, by outcome", "outcome")
-        self._refused = counter("requests_refused", "Requests refused, by code", "code")
-        self._lost = counter("attempts_lost", "Attempts without an outcome, by reason", "reason")
-        self._prompt = counter("prompt_tokens", "Prompt tokens of jobs over")
-        self._output = counter("output_tokens", "Tokens streamed")
-        self._computed = counter("computed_tokens", "Tokens computed for jobs over")
-        self._reused = counter("reused_tokens", "Prompt tokens not computed, by source", "source")
-        self._missed = counter("missed_tokens", "Prompt tokens computed, by reason", "reason")
-        self._ttft = seconds("ttft", "Admission to first token")
-        self._total = seconds("job", "Admission to the end")
-        self._jobs = gauge("jobs", "Jobs of this gateway, by state", "state")
-        self._members = gauge("members", "Members that answer, by kind", "kind")
-        self._blocks = gauge("blocks", "Device blocks, by member and state", "worker", "state")
-        self._loans = gauge("loans", "Open loans")
-        self._tier_bytes = gauge("tier_bytes", "Bytes in a tier", "worker", "tier")
-        self._tier_limit = gauge("tier_limit_bytes", "Bytes a tier may hold", "worker", "tier")
-        self._tier_events = gauge("tier_events", "A tier's own counters", "worker", "tier", "event")
-        self._worker_events = gauge("worker_events", "A worker's own counters", "worker", "event")
+    def _seconds(self, name: str, buckets: tuple[float, ...]) -> Histogram:
+        family = ALL[f"kvbank_{name}_seconds"]
+        made = Histogram(family.name, family.about, family.labels, buckets=buckets, registry=self.registry)
+        bound: Histogram = made.labels(self._model)
+        return bound
 
     def observe(self, *, live: int, waiting: int, status: Mapping[str, Any]) -> None:
-        """Set the gauges to what the members say of themselves (`Survey.told`)."""
-        for gauge in (self._members, self._blocks, self._tier_bytes, self._tier_limit, self._tier_events,
-                      self._worker_events):
-            gauge.clear()                            # members that left must not be shown for ever
+        """What the next scrape shows of the gateway's queue and of the members (`Survey.told`)."""
         self._jobs.labels("queued").set(waiting)
         self._jobs.labels("running").set(live - waiting)
-        self._loans.set(len(status["loans"]))
-        for worker in status["workers"]:
-            name = worker["id"]
-            self._members.labels(worker["kind"]).inc(0 if worker["state"] == "silent" else 1)
-            for state in ("total", "free", "used", "lent", "borrowed"):
-                self._blocks.labels(name, state).set(worker[f"blocks_{state}"])
-            for tier in worker["tiers"]:
-                self._tier_bytes.labels(name, tier["name"]).set(tier["bytes_used"])
-                self._tier_limit.labels(name, tier["name"]).set(tier["bytes_limit"])
-                for event, count in tier["counters"].items():
-                    self._tier_events.labels(name, tier["name"], event).set(count)
-            for event, count in worker["counters"].items():
-                self._worker_events.labels(name, event).set(count)
+        self._census.told = status
 
-    def admitted(self) -> None:
-        self._admitted.inc()
+    def admitted(self, tenant: str) -> None:
+        self._admitted.labels(self._model, self._tenant(tenant)).inc()
 
     def refused(self, code: str) -> None:
-        self._refused.labels(code).inc()
+        self._refused.labels(self._code(code)).inc()
 
     def lost(self, reason: str) -> None:
-        self._lost.labels(reason).inc()
+        self._lost.labels(self._reason(reason)).inc()
 
-    def tokens(self, job: Job, count: int) -> None:
-        """`count` tokens of `job` arrived."""
-        if 0 < count == len(job.ids):
+    def tokens(self, job: Job, count: int, *, now: float) -> None:
+        """`count` tokens of `job` arrived together at monotonic `now`."""
+        if not count:
+            return
+        before = self._last.get(job.wire_id)
+        self._last[job.wire_id] = now
+        if count == len(job.ids):
             self._ttft.observe(max(0.0, job.first_token_at - job.started_at))
-        self._output.inc(count)
+        if before is not None:                       # tokens that came together share the time since the last one
+            for _ in range(count):
+                self._between.observe(max(0.0, now - before) / count)
+        self._output.labels(self._model, self._tenant(job.spec.tenant)).inc(count)
 
     def ended(self, job: Job) -> None:
         """A job is over and its receipt complete."""
-        self._ended.labels(job.finish_reason if job.error is None else job.error.code).inc()
+        self._last.pop(job.wire_id, None)
+        whose = (self._model, self._tenant(job.spec.tenant))
+        self._ended.labels(*whose, job.finish_reason if job.error is None else job.error.code).inc()
         self._total.observe(max(0.0, job.ended_at - job.started_at))
-        self._prompt.inc(job.prompt_tokens)
-        self._computed.inc(job.receipt.get("computed_tokens", 0))
+        self._prompt.labels(*whose).inc(job.prompt_tokens)
+        self._computed.labels(*whose).inc(job.receipt.get("computed_tokens", 0))
+        self._replayed.inc(job.receipt.get("recomputed_after_fault", 0))
         for source, tokens in job.receipt.get("reused", {}).items():
-            self._reused.labels(source).inc(tokens)
+            self._reused.labels(*whose, self._source(source)).inc(tokens)
         for reason, tokens in job.receipt.get("missed", {}).items():
-            self._missed.labels(reason).inc(tokens)
+            self._missed.labels(*whose, self._reason(reason)).inc(tokens)

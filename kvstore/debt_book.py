@@ -118,6 +118,7 @@ class Asking:
     deadline: float
     keys: dict[int, BlockKey] = field(default_factory=dict)     # adopt: uid -> key
     needy: bool = False
+    trace: str = ""
     asked: int = 0
     last_code: str = "nobody"
 
@@ -260,13 +261,15 @@ class DebtBook:
             if (debt := self._debts.get(uid)) is not None and debt.gone:
                 self._out.append(BackToLocal(uid, "leaving"))  # it was given up at its lender a moment ago: later again
         if uids:
-            self._ask(now, Asking(uids, list(event.lenders), event.tenant, event.age, event.deadline, needy=event.needy))
+            self._ask(now, Asking(uids, list(event.lenders), event.tenant, event.age, event.deadline, needy=event.needy,
+                                  trace=event.trace))
 
     def _adopt(self, now: float, event: Adopt, _sender: Boot) -> None:
         keys = dict(zip(event.uids, event.keys, strict=True))
         keys = {uid: key for uid, key in keys.items() if uid not in self._asked and uid not in self._debts}
         if keys:
-            self._ask(now, Asking(list(keys), [event.lender], event.tenant, event.age, math.inf, keys=keys))
+            self._ask(now, Asking(list(keys), [event.lender], event.tenant, event.age, math.inf, keys=keys,
+                                  trace=event.trace))
 
     def _may_move(self, uid: int) -> bool:
         """LOCAL as far as the book knows, or at a lender with nothing under way."""
@@ -299,7 +302,8 @@ class DebtBook:
     def _say_borrow(self, lender: LenderView, loan: Loan) -> None:
         asking, (stamp, job) = loan.asking, loan.asking.age
         keys = tuple(asking.keys.values())
-        self._send(lender.boot, Borrow(loan.number, asking.tenant, stamp, len(asking.uids), job, keys, asking.needy))
+        self._send(lender.boot, Borrow(loan.number, asking.tenant, stamp, len(asking.uids), job, keys, asking.needy,
+                                       asking.trace))
 
     def _not_granted(self, now: float, asking: Asking, uid: int, why: str) -> None:
         asking.uids.remove(uid)

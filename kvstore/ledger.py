@@ -131,6 +131,7 @@ class OpenLoan:
     granted_at: float
     over_at: float                     # the term
     adopted: bool
+    trace: str = ""                    # traceparent of the job it was made for
     slots: list[int] = field(default_factory=list)
 
 
@@ -277,6 +278,11 @@ class LoanLedger:
                      sum(self._lent[slot].state == RECALLED for slot in loan.slots))
             for loan in self._all_loans()
         ]
+
+    def trace_of(self, borrower: Boot, number: int) -> str:
+        """The traceparent of the job that a loan was made for; empty when nobody traces it or the loan is over."""
+        loan = self._loans.get(borrower, {}).get(number)
+        return loan.trace if loan is not None else ""
 
     def live_refs(self, borrower: Boot) -> list[Ref]:
         """Every promise to that borrower that still holds."""
@@ -570,7 +576,7 @@ class LoanLedger:
 
     def _new_loan(self, now: float, message: Borrow, sender: Boot) -> OpenLoan:
         return OpenLoan(sender, message.loan, message.tenant, (message.age, message.job), granted_at=now,
-                        over_at=now + self.timings.term_s, adopted=bool(message.keys))
+                        over_at=now + self.timings.term_s, adopted=bool(message.keys), trace=message.trace)
 
     def _name(self, loan: OpenLoan, slot: int) -> Ref:
         self._gen += 1

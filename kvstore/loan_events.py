@@ -145,6 +145,7 @@ class Want:
     age: Age
     deadline: float = float("inf")     # on the clock of `now`; nothing is asked for later than that
     needy: bool = False                # the job cannot go on without: lenders call back what younger jobs hold
+    trace: str = ""                    # traceparent of that job
 
 
 @dataclass(slots=True, frozen=True)
@@ -156,6 +157,7 @@ class Adopt:
     keys: tuple[BlockKey, ...]
     tenant: str
     age: Age
+    trace: str = ""                    # traceparent of the job
 
 
 @dataclass(slots=True, frozen=True)

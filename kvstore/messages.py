@@ -111,6 +111,7 @@ class Borrow:
     job: str = ""
     keys: tuple[BlockKey, ...] = ()    # adopt: lend the idle spans whose last block has these keys, where they lie
     needy: bool = False                # the job cannot go on without: call back what younger jobs hold
+    trace: str = ""                    # traceparent of that job, which decides nothing
 
 
 @dataclass(slots=True, frozen=True)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -37,6 +38,8 @@ from kvbank.kvstore.tiers.tier import Tier, TierStatus, TierUnavailable
 from kvbank.kvstore.tiers.write_behind import WriteBehind
 
 MISS_REASONS = ("never_seen", "evicted", "integrity", "timeout", "tier_down", "over_limit")
+_OF_EACH_TIER = (("integrity", "integrity"), ("lookups", "lookups"), ("found", "hits"), ("reads", "reads"),
+                 ("read_us", "read_us"))       # a shelf's counter, and its beginning in ours
 _REMEMBERED = 1 << 16                          # keys whose fate is known, so that a miss has a reason
 
 
@@ -102,11 +105,14 @@ class BlockStore:
         """
         result = Fetched()
         ask = _Ask(self.layout, tokens_of or {}, into or {}, fidelity)
-        for key in dict.fromkeys(keys):
-            if not self._from_host(key, ask, result):
-                result.missed.setdefault(key, self._reason(key))
+        wanted = list(dict.fromkeys(keys))
+        with self._reading("host", len(wanted) if self._host is not None else 0):
+            for key in wanted:
+                if not self._from_host(key, ask, result):
+                    result.missed.setdefault(key, self._reason(key))
         if self._redis is not None and result.missed:
-            self._from_redis(list(result.missed), ask, result)
+            with self._reading("redis", len(result.missed)):
+                self._from_redis(list(result.missed), ask, result)
         self._count(**{f"hits_{source}": sum(found.source == source for found in result.frames.values())
                        for source in ("host", "redis")})
         self._count(**{f"missed_{reason}": list(result.missed.values()).count(reason) for reason in MISS_REASONS})
@@ -175,14 +181,15 @@ class BlockStore:
         shelves = []
         for tier in self._tiers:
             status = tier.status()
-            extra = {"integrity": counters.get(f"integrity_{status.name}", 0)}
+            extra = {said: counters.get(f"{name}_{status.name}", 0) for said, name in _OF_EACH_TIER}
             if tier is self._redis and self._behind is not None:
                 extra |= self._behind.counters()
             shelves.append(replace(status, counters={**status.counters, **extra}))
         return shelves
 
     def counters(self) -> dict[str, int]:
-        """hits_<source>, missed_<reason>, integrity_<source>[_<what>], puts, spilled, spill_dropped."""
+        """hits_<source>, missed_<reason>, integrity_<source>[_<what>], puts, spilled, spill_dropped; of fetches also
+        lookups_<source> (frames), reads_<source> (calls) and read_us_<source> (their microseconds)."""
         with self._lock:
             return dict(self._counters)
 
@@ -276,6 +283,15 @@ class BlockStore:
     def _reason(self, key: bytes) -> str:
         with self._lock:
             return self._fate.get(key, "never_seen")
+
+    @contextmanager
+    def _reading(self, source: str, frames: int) -> Iterator[None]:
+        """Clock one read of so many frames; nothing when there is nobody to ask."""
+        began = time.perf_counter()
+        yield
+        if frames:
+            spent = round((time.perf_counter() - began) * 1e6)
+            self._count(**{f"lookups_{source}": frames, f"reads_{source}": 1, f"read_us_{source}": spent})
 
     def _count(self, **amounts: int) -> None:
         with self._lock:

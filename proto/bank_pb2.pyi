@@ -105,7 +105,7 @@ class HelloAck(_message.Message):
     def __init__(self, boot: _Optional[bytes] = ..., nonce: _Optional[bytes] = ..., fit: _Optional[str] = ..., reason: _Optional[str] = ..., lendable: _Optional[int] = ...) -> None: ...
 
 class Borrow(_message.Message):
-    __slots__ = ("loan", "tenant", "age", "spans", "keys", "job", "needy")
+    __slots__ = ("loan", "tenant", "age", "spans", "keys", "job", "needy", "trace")
     LOAN_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     AGE_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +113,7 @@ class Borrow(_message.Message):
     KEYS_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     NEEDY_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     loan: int
     tenant: str
     age: float
@@ -120,7 +121,8 @@ class Borrow(_message.Message):
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     job: str
     needy: bool
-    def __init__(self, loan: _Optional[int] = ..., tenant: _Optional[str] = ..., age: _Optional[float] = ..., spans: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., job: _Optional[str] = ..., needy: _Optional[bool] = ...) -> None: ...
+    trace: str
+    def __init__(self, loan: _Optional[int] = ..., tenant: _Optional[str] = ..., age: _Optional[float] = ..., spans: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., job: _Optional[str] = ..., needy: _Optional[bool] = ..., trace: _Optional[str] = ...) -> None: ...
 
 class Grant(_message.Message):
     __slots__ = ("loan", "refs", "term_ms", "sealed_digests", "keys")

@@ -208,7 +208,8 @@ def test_imports_from_outside_and_declared_dependencies_are_the_same() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = [re.split(r"[<>=; ]", line)[0] for line in project["dependencies"]]
     declared = {IMPORT_NAMES.get(name, name) for name in names}
-    ours = sys.stdlib_module_names | {"kvbank", "__future__", "grpc_tools"}     # grpc_tools: only to generate
+    extras = {"opentelemetry"}                          # kvbank[trace]: imported where tracing is on, and nowhere else
+    ours = extras | sys.stdlib_module_names | {"kvbank", "__future__", "grpc_tools"}     # grpc_tools: only to generate
     generated = [path.relative_to(ROOT).as_posix() for path in (ROOT / "proto").glob("*_pb2.py")]
     imports: dict[str, list[str]] = {}
     for path in [*SOURCES, *generated]:

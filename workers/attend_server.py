@@ -9,6 +9,7 @@ One computation at a time: a member has one thread's worth of attention to give,
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import torch
 
 from kvbank.kernels.paged_attention import AttentionPlan, Segment, paged_attention, plan_attention
 from kvbank.kvstore.layout import Layout, SlotId
+from kvbank.kvstore.traces import Traces
 from kvbank.kvstore.transport import bulk
 from kvbank.kvstore.transport.hot import Attend, HotPlan, Layer, Partial, Want, unpack
 from kvbank.kvstore.vault import Arena
@@ -37,6 +39,9 @@ class Pins(Protocol):
 
     def digest(self, borrower: bytes, ref: tuple[int, int, int]) -> bytes | None:
         """What a pinned slot's bytes hashed to when they were sealed; None when the promise has ended since."""
+
+    def trace_of(self, borrower: bytes, loan: int) -> str:
+        """The traceparent of the job that the loan was made for; empty when nobody traces it."""
 
     def taint(self, borrower: bytes, ref: tuple[int, int, int]) -> None:
         """A pinned slot's bytes are not those that were sealed: the promise is over, and nobody may cache them."""
@@ -66,21 +71,26 @@ class _Stream:
     prepared: dict[tuple[int, int, int | None, bytes], AttentionPlan] = field(default_factory=dict)
     prepared_step: int = -1
 
+    traced: dict[int, tuple[str, ...]] = field(default_factory=dict)      # plan -> traceparents of its loans
+
     def forget(self, plan: int) -> None:
         """What was prepared for a plan goes with it."""
         for key in [key for key in self.prepared if key[0] == plan]:
             del self.prepared[key]
+        self.traced.pop(plan, None)
 
 
 class AttendServer:
     """Serves the hot stream."""
 
     def __init__(
-        self, arena: Arena, pins: Pins, layout_of: Callable[[bytes], Layout | None], *, verify: bool = False
+        self, arena: Arena, pins: Pins, layout_of: Callable[[bytes], Layout | None], *, verify: bool = False,
+        traces: Traces | None = None,
     ) -> None:
         """layout_of: the layout a borrower (by boot) said Hello with; None for a stranger. verify: hash before each read."""
         self._arena, self._pins, self._layout_of, self._verify = arena, pins, layout_of, verify
         self._compute = Lock()
+        self._traces = traces
         self.counters = AttendCounters()
 
     def serve(self, borrower: bytes, messages: Iterator[bytes]) -> Iterator[bytes]:
@@ -95,20 +105,42 @@ class AttendServer:
             self.counters.bytes_in += len(data)
             if isinstance(message, HotPlan):
                 stream.plans[message.plan] = message
+                if self._traces is not None:
+                    stream.traced[message.plan] = self._traces_of(borrower, message)
                 while len(stream.plans) > KEPT_PLANS:
                     stream.forget(stream.plans.popitem(last=False)[0])
             elif isinstance(message, Attend):
-                with self._compute:
-                    answer = self._attend(stream, message).pack()
+                answer = self._answered(stream, message) if self._traces is None else self._traced(self._traces, stream, message)
                 self.counters.calls += 1
                 self.counters.rows += len(message.positions)
                 self.counters.bytes_out += len(answer)
                 yield answer
             elif isinstance(message, Want):
-                answer = self._layer(stream, message).pack()
+                answer = self._answered(stream, message) if self._traces is None else self._traced(self._traces, stream, message)
                 self.counters.layers += 1
                 self.counters.bytes_out += len(answer)
                 yield answer
+
+    def _answered(self, stream: _Stream, message: Attend | Want) -> bytes:
+        if isinstance(message, Want):
+            return self._layer(stream, message).pack()
+        with self._compute:
+            return self._attend(stream, message).pack()
+
+    def _traced(self, traces: Traces, stream: _Stream, message: Attend | Want) -> bytes:
+        began = time.monotonic()
+        answer = self._answered(stream, message)
+        for parent in stream.traced.get(message.plan, ()):
+            if isinstance(message, Attend):
+                traces.note("lender.attend", parent, began, time.monotonic(), rows=len(message.positions), bytes=len(answer))
+            else:
+                traces.note("lender.fetch", parent, began, time.monotonic(), bytes=len(answer))
+        return answer
+
+    def _traces_of(self, borrower: bytes, plan: HotPlan) -> tuple[str, ...]:
+        """Of the jobs that the plan's loans were made for; seldom more than a few."""
+        loans = dict.fromkeys(ref[1] for item in plan.items for ref in item.refs)
+        return tuple(dict.fromkeys(self._pins.trace_of(borrower, loan) for loan in loans))
 
     def _layer(self, stream: _Stream, message: Want) -> Layer:
         """One layer of a plan's spans as it lies in the slots, pinned while it is copied out."""

@@ -6,6 +6,7 @@ Forwards to the Banker and the AttendServer; the only thing it does itself is pl
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from threading import Thread
 
@@ -16,6 +17,7 @@ from kvbank.kvstore.layout import Boot, Layout, SlotId
 from kvbank.kvstore.ledger import BUSY, GO, SEALED, LoanLedger
 from kvbank.kvstore.loan_events import Answer, PutBytes, PutEnded, Tainted
 from kvbank.kvstore.messages import BadDigest, Envelope, Hello, HelloAck, Ref, Sealed
+from kvbank.kvstore.traces import Traces
 from kvbank.kvstore.transport import bulk, wire
 from kvbank.kvstore.transport.hot import HotFormatError
 from kvbank.kvstore.transport.links import BOOT_KEY, PROBE_KEY, Outbox
@@ -45,6 +47,10 @@ class LedgerPins:
             span = self._ledger.span_of(self._ref(borrower, ref))
         return None if span is None else span.digest
 
+    def trace_of(self, borrower: bytes, loan: int) -> str:
+        with self._lock:                                 # type: ignore[attr-defined]
+            return self._ledger.trace_of(Boot(borrower), loan)
+
     def taint(self, borrower: bytes, ref: tuple[int, int, int]) -> None:
         self._banker.tell_ledger(Tainted(self._ref(borrower, ref)))
 
@@ -65,8 +71,11 @@ def layout_from(banker: Banker, borrower: bytes) -> Layout | None:
 class BankService:
     """One per member that lends."""
 
-    def __init__(self, banker: Banker, arena: Arena, attend: AttendServer, lock: object) -> None:
+    def __init__(
+        self, banker: Banker, arena: Arena, attend: AttendServer, lock: object, *, traces: Traces | None = None
+    ) -> None:
         assert banker.ledger is not None
+        self._traces = traces
         self._banker, self._ledger, self._arena, self._attend, self._lock = banker, banker.ledger, arena, attend, lock
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -119,7 +128,7 @@ class BankService:
             return bulk.pack_answer(bulk.PutAnswer(bulk.SEALED, verdict.digest))
         if verdict.kind != GO:
             return bulk.pack_answer(bulk.PutAnswer(bulk.BUSY if verdict.kind == BUSY else bulk.STALE))
-        whole = False
+        whole, began = False, 0.0 if self._traces is None else time.monotonic()
         target = self._arena.slot(SlotId(ref.slot), header.length)
         try:
             whole = self._place(messages, target.numpy().data, ref)
@@ -127,6 +136,8 @@ class BankService:
             log.debug("put cut error=%s", type(error).__name__)
         got = bulk.digest(target.numpy().data) if whole else None
         effects = self._banker.tell_ledger(PutEnded(ref, header.span if whole else None, got))
+        if self._traces is not None:
+            self._traces.note("lender.put", self._trace_of(ref), began, time.monotonic(), bytes=header.length)
         return bulk.pack_answer(_answer(effects))
 
     def fetch(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -140,6 +151,7 @@ class BankService:
             pinned = span is not None and self._ledger.pin(ref)
         if span is None or not pinned:
             return
+        began, length = 0.0 if self._traces is None else time.monotonic(), 0
         try:
             length = int.from_bytes(span.digest[4:12], "little")
             for piece in bulk.pieces(self._arena.slot(SlotId(ref.slot), length).numpy().data):
@@ -148,6 +160,8 @@ class BankService:
         finally:
             with self._lock:                             # type: ignore[attr-defined]
                 self._ledger.unpin(ref)
+            if self._traces is not None:
+                self._traces.note("lender.fetch", self._trace_of(ref), began, time.monotonic(), bytes=length)
 
     def attend(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """The hot stream."""
@@ -155,6 +169,10 @@ class BankService:
             yield from self._attend.serve(_caller(context), messages)
         except (HotFormatError, LookupError):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "invalid_request")
+
+    def _trace_of(self, ref: Ref) -> str:
+        with self._lock:                                 # type: ignore[attr-defined]
+            return self._ledger.trace_of(ref.borrower_boot, ref.loan)
 
     def _place(self, messages: Iterator[bytes], target: memoryview, ref: Ref) -> bool:
         at = 0

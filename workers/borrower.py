@@ -106,6 +106,7 @@ class Borrower:
         self._where: dict[int, Ref] = {}
         self._moves: dict[int, Move] = {}
         self._homes: dict[int, _Home] = {}
+        self.trace_of: Callable[[float], str] | None = None      # traceparent of the job of that age, when jobs are traced
         self._jobs: dict[int, str] = {}              # adopted uid -> job
         self._asking: dict[str, set[int]] = {}       # job -> uids without an answer
         self._key_of: dict[int, BlockKey] = {}       # uid -> the span's own key, while it is away
@@ -148,7 +149,8 @@ class Borrower:
         self._asked += len(moves)
         lenders = self._to_press() if needy else self._in_order()
         uids = tuple(move.uid for move in moves)
-        self._tell(loans.Want(tuple(lender.boot for lender in lenders), uids, tenant, (age, ""), needy=needy))
+        self._tell(loans.Want(tuple(lender.boot for lender in lenders), uids, tenant, (age, ""), needy=needy,
+                              trace=self.trace_of(age) if self.trace_of is not None else ""))
 
     def adopt(self, job: str, keys: Sequence[BlockKey], *, tenant: str, age: float) -> bool:
         if self._locate is None or not keys:
@@ -340,7 +342,8 @@ class Borrower:
         for key in keys:
             if key in holders:
                 by_boot.setdefault(holders[key], []).append(key)
-        asked = [loans.Adopt(boot, tuple(new_uid() for _ in mine), tuple(mine), tenant, (age, ""))
+        trace = self.trace_of(age) if self.trace_of is not None else ""
+        asked = [loans.Adopt(boot, tuple(new_uid() for _ in mine), tuple(mine), tenant, (age, ""), trace)
                  for boot, mine in by_boot.items()]
         with self._lock:
             waiting = self._asking.get(job)

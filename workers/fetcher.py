@@ -9,12 +9,14 @@ The engine waits only for keys its next rows need, and never longer than `wait_s
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvbank.kvstore.layout import BlockKey, SlotId
 from kvbank.kvstore.store import BlockStore, StoredFrame
+from kvbank.kvstore.traces import Traces, context_of
 
 BATCH = 4                                    # keys per fetch: bounds a round trip, and lets loads start early
 ON_DEMAND_S = 0.25                           # a key nobody asked for ahead (a lost span) is waited for this long
@@ -25,6 +27,7 @@ class _Wants:
     """What one job asked for."""
 
     progress_at: float
+    job: str = ""
     pending: OrderedDict[BlockKey, bytes] = field(default_factory=OrderedDict)   # key -> token ids, in order of need
     on_demand: dict[BlockKey, float] = field(default_factory=dict)               # key -> give up at
     staged: dict[BlockKey, StoredFrame] = field(default_factory=dict)
@@ -37,12 +40,12 @@ class TierFetcher:
 
     def __init__(
         self, store: BlockStore, load: Callable[[memoryview, SlotId, int], None], *, staging_bytes: int, wait_s: float,
-        clock: Callable[[], float], wake: Callable[[], None],
+        clock: Callable[[], float], wake: Callable[[], None], traces: Traces | None = None,
     ) -> None:
         """load: writes a payload into a slot from a token on. staging_bytes: what may be fetched and not loaded yet."""
         self._store, self._load = store, load
         self._staging_bytes, self._wait_s = staging_bytes, wait_s
-        self._clock, self._wake = clock, wake
+        self._clock, self._wake, self._traces = clock, wake, traces
         self._jobs: dict[str, _Wants] = {}
         self._staged_bytes = 0
         self._changed = threading.Condition()
@@ -55,7 +58,7 @@ class TierFetcher:
         return self._staged_bytes
 
     def want(self, job: str, keys: Sequence[BlockKey], tokens: Sequence[bytes], *, now: float) -> None:
-        wants = _Wants(progress_at=now, pending=OrderedDict(zip(keys, tokens, strict=True)))
+        wants = _Wants(progress_at=now, job=job, pending=OrderedDict(zip(keys, tokens, strict=True)))
         with self._changed:
             self._drop(self._jobs.get(job))
             self._jobs[job] = wants
@@ -63,7 +66,7 @@ class TierFetcher:
 
     def state(self, job: str, key: BlockKey, *, now: float) -> str:
         with self._changed:
-            wants = self._jobs.setdefault(job, _Wants(progress_at=now))
+            wants = self._jobs.setdefault(job, _Wants(progress_at=now, job=job))
             if key in wants.staged:
                 return "here"
             if key in wants.missed:
@@ -127,7 +130,12 @@ class TierFetcher:
                 assert found is not None
                 wants, batch = found
                 wants.fetching = set(batch)
+            began = 0.0 if self._traces is None else time.monotonic()
             fetched = self._store.fetch(list(batch), {key: tokens for key, tokens in batch.items() if tokens})
+            if self._traces is not None:
+                sources = Counter(frame.source for frame in fetched.frames.values())
+                self._traces.note("tier.fetch", context_of(wants.job), began, time.monotonic(), frames=len(batch),
+                                  missed=len(fetched.missed), **sources)
             with self._changed:
                 wants.progress_at = self._clock()
                 for key in batch:

@@ -18,6 +18,7 @@ import grpc
 
 from kvbank.errors import Cancelled, InvalidRequest, KVBankError, TooLong, Unavailable
 from kvbank.kvstore.layout import BlockKey
+from kvbank.kvstore.traces import Trace, Traces, context_of
 from kvbank.proto import jobs_pb2 as pb
 from kvbank.workers.engine import Engine, EngineEvent, Failed, Finished, Token
 from kvbank.workers.sampler import MAX_LOGPROBS, SamplingParams
@@ -35,11 +36,14 @@ class JobsService:
         self, engine: Engine, worker_id: str, *, vocab_size: int, status: Callable[[], pb.WorkerStatus],
         clock: Callable[[], float], hear_control: Callable[[float], None] = lambda within_s: None,
         resting: Callable[[], bool] = lambda: False,
+        traces: Traces | None = None,
     ) -> None:
         """hear_control: within so many seconds the engine knows the members of now, unless control is away. resting: no new
         job is taken."""
         self._engine, self._id, self._vocab = engine, worker_id, vocab_size
         self._status, self._clock, self._hear_control, self._resting = status, clock, hear_control, resting
+        self._traces = traces
+        self._contexts: dict[float, str] = {}        # age of a traced job -> its traceparent
         self._queues: dict[str, queue.SimpleQueue[EngineEvent]] = {}
         self._lock = Lock()
         self._attempts = 0
@@ -53,6 +57,7 @@ class JobsService:
 
     def submit(self, requests: Iterator[pb.SubmitRequest], context: grpc.ServicerContext) -> Iterator[pb.SubmitReply]:
         """The Submit handler."""
+        trace: Trace | None = None
         try:
             first = next(requests)
             if first.WhichOneof("kind") != "job":
@@ -62,11 +67,19 @@ class JobsService:
             with self._lock:
                 self._attempts += 1
                 name = f"{first.job.id}#{first.job.attempt}.{self._attempts}"
+            if self._traces is not None:
+                trace = self._traces.begin("worker.submit", _traceparent(context), job=first.job.id, worker=self._id,
+                                           attempt=first.job.attempt)
+                name += trace.suffix                 # whoever does work for the job finds it there
+                self._contexts[first.job.age] = trace.parent
             spec = job_spec(first.job, name, self._vocab)
             self._know_who_lends(spec)
         except StopIteration:
             return
         except KVBankError as error:
+            if trace is not None:
+                self._contexts.pop(first.job.age, None)
+                trace.end(outcome=error.code)
             yield _failed(error, pb.Receipt())
             return
         waiting: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
@@ -84,6 +97,13 @@ class JobsService:
             context.abort(grpc.StatusCode.UNAVAILABLE, str(lost))
         finally:
             self._queues.pop(name, None)
+            if trace is not None:
+                self._contexts.pop(first.job.age, None)
+                trace.end()
+
+    def trace_of(self, age: float) -> str:
+        """The traceparent of the job with this admission stamp; empty when it is not traced."""
+        return self._contexts.get(age, "")
 
     def handlers(self) -> grpc.GenericRpcHandler:
         return grpc.method_handlers_generic_handler("kvbank.Jobs", {
@@ -155,6 +175,8 @@ class JobsService:
     def _receipt(self, tally: Tally, spec: JobSpec, outputs: int) -> pb.Receipt:
         now = self._clock()
         first = tally.first_token_at
+        if self._traces is not None:
+            trace_phases(self._traces, spec, tally, now)
         return pb.Receipt(
             prompt_tokens=len(spec.prompt), output_tokens=outputs, computed_tokens=tally.computed_tokens,
             reused=dict(tally.reused), missed=dict(tally.missed), borrowed_blocks_peak=tally.borrowed_blocks_peak,
@@ -199,6 +221,27 @@ def _tokens(events: list[Token]) -> pb.Tokens:
         message.top_ids = array("i", [token for each in told for token in each.top_ids]).tobytes()
         message.top_logprobs = array("f", [value for each in told for value in each.top]).tobytes()
     return message
+
+
+def trace_phases(traces: Traces, spec: JobSpec, tally: Tally, now: float) -> None:
+    """The engine's part of a job's trace, from its tally: queue, prefill, decode, and what was computed again."""
+    parent = context_of(spec.id)
+    started = now if tally.started_at is None else tally.started_at
+    traces.record("engine.queue", parent, tally.submitted_at, started)
+    if tally.started_at is None:
+        return
+    first = now if tally.first_token_at is None else tally.first_token_at
+    traces.record("engine.prefill", parent, started, first, prompt_tokens=len(spec.prompt),
+                  computed_tokens=tally.computed_tokens, reused_tokens=sum(tally.reused.values()))
+    if tally.first_token_at is not None:
+        traces.record("engine.decode", parent, first, now, remote_attention_calls=tally.remote_attention_calls,
+                      lenders=len(tally.lenders))
+    if tally.replay_began is not None:
+        traces.record("engine.replay", parent, tally.replay_began, tally.replay_ended, tokens=tally.recomputed_after_fault)
+
+
+def _traceparent(context: grpc.ServicerContext) -> str:
+    return next((str(value) for key, value in context.invocation_metadata() if key == "traceparent"), "")
 
 
 def _ids(data: bytes) -> list[int]:

@@ -61,7 +61,7 @@ def build_leader(worker: ModelWorker) -> Leader:
     backend = chain or parts.shard
     fetcher = TierFetcher(
         store, parts.shard.load, staging_bytes=config.staging_spans * layout.slot_bytes, wait_s=config.fetch_wait_s,
-        clock=time.monotonic, wake=wake) if store else None
+        clock=time.monotonic, wake=wake, traces=worker.traces) if store else None
     share = worker.settings["tenant_share"]
     vault = Vault(config.num_slots, blocks_per_span=parts.layout.blocks_per_span, lend_cap=worker.lend_cap(),
                   guarantee=int(share * config.num_slots) if share else 0,

@@ -65,6 +65,7 @@ class Scheduler:
         self._step = 0
         self._give_way = (float("inf"), float("-inf"))         # to jobs elsewhere older than this stamp, until then
         self._begun: set[str] = set()
+        self.replayed_tokens = 0                  # since start: computed again after a fault
         self.planned: list[Sequence] = []         # in the order of the plan's rows
         self.reuse = Reuse(vault, backend, bank, fetcher, root_of=root_of, block_size=config.block_size,
                            span_tokens=config.span_tokens, window=window)
@@ -195,6 +196,8 @@ class Scheduler:
             self._begin(seq, now)
             self.reuse.hold(seq)
             seq.state, seq.waits_for, seq.progress_at, seq.computed_at = RUNNING, "", now, now
+            if seq.tally.started_at is None:
+                seq.tally.started_at = now
             self.running.append(seq)
             self.running.sort(key=lambda s: s.age)
 
@@ -284,10 +287,14 @@ class Scheduler:
 
     def _computed(self, seq: Sequence, start: int, stop: int, now: float) -> None:
         seq.table.holes.fill(start, stop)
-        seq.progress_at = seq.computed_at = now
+        before, seq.progress_at, seq.computed_at = seq.computed_at, now, now
         seq.tally.computed_tokens += stop - start
         if replayed := seq.lost.overlap(start, stop):
             seq.tally.recomputed_after_fault += replayed
+            self.replayed_tokens += replayed
+            if seq.tally.replay_began is None:
+                seq.tally.replay_began = before
+            seq.tally.replay_ended = now
             seq.tally.missed[seq.loss_reason] += replayed
             seq.lost.fill(start, stop)
         self.reuse.note_computed(seq, start, stop)

@@ -58,6 +58,9 @@ class Tally:
     recomputed_after_fault: int = 0
     submitted_at: float = 0.0
     first_token_at: float | None = None
+    started_at: float | None = None          # it ran for the first time
+    replay_began: float | None = None        # from the first to the last step that computed something again
+    replay_ended: float = 0.0
 
 
 class Sequence:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import grpc
+import psutil
 import torch
 
 from kvbank.errors import KVBankError
@@ -29,6 +30,7 @@ from kvbank.kvstore.ledger import LoanLedger
 from kvbank.kvstore.messages import Compat
 from kvbank.kvstore.store import BlockStore
 from kvbank.kvstore.timings import LoanTimings
+from kvbank.kvstore.traces import open_traces
 from kvbank.kvstore.transport import rpc
 from kvbank.kvstore.transport.badge import Badge
 from kvbank.kvstore.transport.links import Links
@@ -124,6 +126,7 @@ class Worker:
         self._lenders: list[Lender] = []
         self._stopping = threading.Event()
         self.address = ""
+        self.traces = open_traces(self.id, self._settings)
         self._build()
 
     def _build(self) -> None:
@@ -158,8 +161,8 @@ class Worker:
                              ledger=self.ledger, book=book, data=data, on_engine=on_engine)
         pins = LedgerPins(self.banker, self.ledger, self.vault.lock)
         self.attend = AttendServer(self.arena, pins, lambda borrower: layout_from(self.banker, borrower),
-                                  verify=self._settings["verify_attend"])
-        bank = BankService(self.banker, self.arena, self.attend, self.vault.lock)
+                                  verify=self._settings["verify_attend"], traces=self.traces)
+        bank = BankService(self.banker, self.arena, self.attend, self.vault.lock, traces=self.traces)
         self.ops = OpsService(self.banker, self.vault, self._shelf, blocks_per_span=self.layout.blocks_per_span,
                               leads=self.worker_config.shard == 0)
         self._server.add_generic_rpc_handlers((bank.handlers(), self.ops.handlers()))
@@ -192,6 +195,8 @@ class Worker:
         self._stopping.set()
         self.banker.stop()
         self._server.stop(grace=0.2).wait(1.0)
+        if self.traces is not None:
+            self.traces.close()
 
     def identity(self) -> Mapping[str, Any]:
         return {"numerics": numerics_id(self.worker_config), "slot_bytes": self.arena.slot_bytes,
@@ -291,7 +296,7 @@ class Worker:
         attend = self.attend.counters
         counters = {"remote_attention_served": attend.calls, "remote_attention_rows": attend.rows,
                     "attend_bytes_in": attend.bytes_in, "attend_bytes_out": attend.bytes_out, "attend_stale": attend.stale,
-                    "attend_tainted": attend.tainted}
+                    "attend_tainted": attend.tainted, "resident_bytes": psutil.Process().memory_info().rss}
         with self.vault.lock:
             counters |= {f"ledger_{name}": value for name, value in self.ledger.counters.items()}
         return {name: float(value) for name, value in counters.items()}
@@ -315,7 +320,10 @@ class ModelWorker(Worker):
         self.book = leader.book
         self.engine = leader.engine
         self.jobs = JobsService(self.engine, self.id, vocab_size=self.parts.model.vocab_size, status=self.status,
-                                clock=time.monotonic, hear_control=self._hear_control, resting=lambda: self.ops.draining)
+                                clock=time.monotonic, hear_control=self._hear_control, resting=lambda: self.ops.draining,
+                                traces=self.traces)
+        if self.traces is not None:
+            self.borrower.trace_of = self.jobs.trace_of
 
     def _shelf(self) -> BlockStore | None:
         return self.store
@@ -420,7 +428,13 @@ class ModelWorker(Worker):
         counters |= {"steps": engine.steps, "forward_rows": engine.forward_rows, "forward_s": engine.forward_s,
                      "step_s": engine.step_s, "remote_attention_calls": self.remote.calls,
                      "attend_bytes_sent": self.remote.bytes_sent, "attend_bytes_received": self.remote.bytes_received,
-                     "preemptions": self.engine.room.preemptions}
+                     "preemptions": self.engine.room.preemptions,
+                     "replayed_tokens": self.engine.scheduler.replayed_tokens}
+        load = self._load()
+        counters |= {name: float(load[name]) for name in ("jobs_running", "jobs_waiting", "tokens_pending")}
+        if self.store is not None:
+            counters |= {f"store_{name}": float(value) for name, value in self.store.counters().items()
+                         if name.startswith("missed_")}
         with self.vault.lock:
             counters |= {f"book_{name}": float(value) for name, value in self.book.counters.items()}
         return counters

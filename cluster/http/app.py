@@ -21,6 +21,7 @@ from kvbank.cluster.gateway import Gateway
 from kvbank.cluster.http.doors import LOOPBACK, OPEN, OPS, USER, Door, Doorman, OriginGuard
 from kvbank.cluster.intake import Intake, parse_json
 from kvbank.cluster.ops import Ops
+from kvbank.cluster.traced import IncomingTrace
 from kvbank.errors import InvalidRequest, KVBankError, NotFound, Overloaded, Unauthorized
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def build_app(front: Front) -> FastAPI:
     ]
     for role, router in rooms:
         app.include_router(router, dependencies=[Depends(Door(doorman, role))])
+    app.state.meters = front.gateway.meters
     app.state.doors = {(method, route.path): role for role, router in rooms
                        for route in router.routes if isinstance(route, APIRoute) for method in route.methods or ()}
     app.add_exception_handler(KVBankError, _answer_error)            # type: ignore[arg-type]
@@ -77,6 +79,8 @@ def build_app(front: Front) -> FastAPI:
     app.add_exception_handler(Exception, _answer_unknown_error)
     open_house = not callable(front.api_keys) and not front.api_keys
     app.add_middleware(OriginGuard, hosts=front.hosts if open_house or front.named else None)
+    if front.gateway.traced is not None:
+        app.add_middleware(IncomingTrace)
     return app
 
 
@@ -120,7 +124,8 @@ def error_body(error: KVBankError) -> dict[str, Any]:
     return {"error": body}
 
 
-async def _answer_error(_request: Request, error: KVBankError) -> Response:
+async def _answer_error(request: Request, error: KVBankError) -> Response:
+    request.app.state.meters.refused(error.code)
     headers = {}
     if isinstance(error, Overloaded):
         headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
@@ -129,12 +134,15 @@ async def _answer_error(_request: Request, error: KVBankError) -> Response:
     return JSONResponse(error_body(error), status_code=error.http_status, headers=headers)
 
 
-async def _answer_http_error(_request: Request, error: HTTPException) -> Response:
+async def _answer_http_error(request: Request, error: HTTPException) -> Response:
     known = {404: NotFound("there is no such route"), 405: InvalidRequest("this route does not take that method")}
-    body = error_body(known.get(error.status_code, InvalidRequest("the request is malformed")))
+    said = known.get(error.status_code, InvalidRequest("the request is malformed"))
+    request.app.state.meters.refused(said.code)
+    body = error_body(said)
     body["error"]["type"] = _TYPES.get(error.status_code, body["error"]["type"])
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
 
-async def _answer_unknown_error(_request: Request, _error: Exception) -> Response:
+async def _answer_unknown_error(request: Request, _error: Exception) -> Response:
+    request.app.state.meters.refused(KVBankError.code)
     return JSONResponse(error_body(KVBankError("an internal error; the gateway's log has it")), status_code=500)

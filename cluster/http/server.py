@@ -25,13 +25,16 @@ from kvbank.cluster.http.keyring import WATCH_S, HttpsCertificate, Keyring
 from kvbank.cluster.intake import Intake, ModelFacts
 from kvbank.cluster.job import TextStream
 from kvbank.cluster.links import Links
+from kvbank.cluster.meters import Meters
 from kvbank.cluster.ops import Ops
 from kvbank.cluster.placement import choose_worker
 from kvbank.cluster.roster import Roster
 from kvbank.cluster.survey import Survey
+from kvbank.cluster.traced import TracedJobs
 from kvbank.errors import ConfigError, InvalidRequest
 from kvbank.kvstore.hashing import block_keys, root_key
 from kvbank.kvstore.layout import Layout
+from kvbank.kvstore.traces import open_traces
 from kvbank.kvstore.transport.badge import Badge
 from kvbank.proto.control_pb2 import Member
 
@@ -68,6 +71,8 @@ class GatewaySettings:
     tls_key: str | None = None
     names: tuple[str, ...] = ()      # host names that are answered to; empty: loopback ones, any with API keys
     max_job_tokens: int | None = None # prompt and output of one job; None: as many as the model and the cluster hold
+    expected: Mapping[str, int] = field(default_factory=dict)        # members by kind, for whoever watches
+    tracing: Mapping[str, Any] = field(default_factory=dict)         # the section `tracing`
     http: HttpLimits = field(default_factory=HttpLimits)
     limits: GatewayLimits = field(default_factory=GatewayLimits)
 
@@ -81,6 +86,8 @@ class GatewaySettings:
             dtype=flat["dtype"], exactness=flat["exactness"], block_size=flat["block_size"],
             span_tokens=flat["span_tokens"], host_bytes=flat["host_bytes"], lend_cap=flat["lend_cap"],
             host=flat["host"], port=flat["port"], api_keys=dict(flat["api_keys"]),
+            expected={"model": flat["workers"] * flat["shards"], "lender": flat["lenders"]},
+            tracing={name: flat[name] for name in ("exporter", "otlp_endpoint", "trace_dir", "sampled")},
             api_keys_file=flat["api_keys_file"], tls_cert=flat["tls_cert"], tls_key=flat["tls_key"],
             names=tuple(name.strip().lower() for name in flat["names"].split(",") if name.strip()),
             http=HttpLimits(body_bytes=flat["max_body_bytes"]), max_job_tokens=flat["max_job_tokens"],
@@ -126,6 +133,7 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
     if settings.tls_cert is not None:
         assert settings.tls_key is not None, "the settings were checked"
         certificate = HttpsCertificate(Path(settings.tls_cert), Path(settings.tls_key))
+    traces = open_traces("gateway", settings.tracing)
 
     async def assemble() -> Assembly:
         links = Links(settings.badge)
@@ -153,6 +161,8 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
         gateway = Gateway(
             roster=roster, links=links, open_text=open_text, block_keys=keys, eos_ids=config.eos_ids,
             limits=settings.limits,
+            meters=Meters(model=facts.name, jobs_limit=settings.limits.max_jobs, expected=settings.expected),
+            traced=TracedJobs(traces) if traces is not None else None,
             choose=lambda workers, held, tokens: choose_worker(
                 held, workers, prompt_tokens=tokens, block_size=settings.block_size
             ),
@@ -255,7 +265,7 @@ class GatewayServer:
             asyncio.run(self._serve())
         except BaseException as error:
             if self._ready.is_set():
-                log.exception("gateway crashed")
+                log.exception("gateway_crashed")
             self._failure = error
         finally:
             self._ready.set()

@@ -18,6 +18,7 @@ from kvbank.proto import bank_pb2 as pb
 
 BOOT_BYTES = 16
 KEY_BYTES = 32
+TRACE_CHARS = 55                       # of a traceparent; what is longer is none
 
 
 class WireError(Exception):
@@ -96,7 +97,7 @@ _OUT: dict[type, Callable[[Any], tuple[str, Any]]] = {
     m.HelloAck: lambda x: ("hello_ack", pb.HelloAck(boot=x.boot, nonce=x.nonce, fit=x.fit, reason=x.reason,
                                                     lendable=x.lendable)),
     m.Borrow: lambda x: ("borrow", pb.Borrow(loan=x.loan, tenant=x.tenant, age=x.age, spans=x.spans, job=x.job,
-                                             keys=x.keys, needy=x.needy)),
+                                             keys=x.keys, needy=x.needy, trace=x.trace)),
     m.Grant: lambda x: ("grant", pb.Grant(loan=x.loan, refs=_refs(x.refs), term_ms=x.term_ms,
                                           sealed_digests=x.sealed_digests, keys=x.keys)),
     m.Refuse: lambda x: ("refuse", pb.Refuse(loan=x.loan, code=x.code, retry_ms=x.retry_ms)),
@@ -113,7 +114,7 @@ _IN: dict[str, Callable[[Any], m.Message]] = {
     "hello": lambda x: m.Hello(x.version, x.node, _boot(x.boot), x.nonce, _uncompat(x.compat)),
     "hello_ack": lambda x: m.HelloAck(_boot(x.boot), x.nonce, x.fit, x.reason, x.lendable),
     "borrow": lambda x: m.Borrow(x.loan, x.tenant, _age(x.age), x.spans, x.job, tuple(_key(k) for k in x.keys),
-                                 x.needy),
+                                 x.needy, x.trace[:TRACE_CHARS]),
     "grant": lambda x: m.Grant(x.loan, _unrefs(x.refs), x.term_ms, tuple(x.sealed_digests),
                                tuple(_key(k) for k in x.keys)),
     "refuse": lambda x: m.Refuse(x.loan, x.code, x.retry_ms),

@@ -471,10 +471,10 @@ def test_metrics_count_what_happened_and_never_who_said_what(make_worker, make_s
     httpx.post(f"{address}/v1/completions", json={"prompt": "planted canary", "max_tokens": 5, "job_id": "canary-id"})
     text = httpx.get(f"{address}/metrics")
     assert text.headers["content-type"].startswith("text/plain")
-    assert "kvbank_output_tokens_total 5.0" in text.text
-    assert 'kvbank_jobs_ended_total{outcome="length"} 1.0' in text.text
-    assert 'kvbank_reused_tokens_total{source="device"} 7.0' in text.text
-    assert "kvbank_ttft_seconds_count 1.0" in text.text and "canary" not in text.text
+    assert 'kvbank_output_tokens_total{model="",tenant="default"} 5.0' in text.text
+    assert 'kvbank_jobs_ended_total{model="",outcome="length",tenant="default"} 1.0' in text.text
+    assert 'kvbank_reused_tokens_total{model="",source="device",tenant="default"} 7.0' in text.text
+    assert 'kvbank_ttft_seconds_count{model=""} 1.0' in text.text and "canary" not in text.text
 
 
 def test_prompts_and_keys_stay_out_of_logs(make_worker, make_server, caplog) -> None:
