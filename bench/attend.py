@@ -6,8 +6,9 @@
     attend     our stream as RemoteAttention uses it: packed, sent, answered by an AttendServer, received, unpacked;
                the answer is ready, nothing is computed
     attended   the same with the attention itself, over 1 and over 16 spans (one layer, 8 heads over 4 KV heads)
+    locked     attended, with certificates: both sides proved, all bytes encrypted
 
-The lender is a process of its own. The three take turns in blocks of rounds, so that a drifting machine hits all alike.
+The lender is a process of its own. They take turns in blocks of rounds, so that a drifting machine hits all alike.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import queue
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -29,8 +31,10 @@ import numpy as np
 import torch
 
 from bench.report import Report
+from kvbank.cluster.certs import make_certificates
 from kvbank.kvstore.layout import Boot, Layout
 from kvbank.kvstore.transport import rpc
+from kvbank.kvstore.transport.badge import Badge, Certificates
 from kvbank.kvstore.transport.hot import Attend, HotPlan, Partial, PlanItem, unpack
 from kvbank.kvstore.transport.links import HotLink
 from kvbank.kvstore.vault import Arena
@@ -43,16 +47,18 @@ LAYOUT = Layout(num_layers=1, layer_first=0, layer_last=1, kv_heads=KV_HEADS, he
 FIRST_POSITION = SPANS * LAYOUT.span_tokens
 BOOT = Boot(bytes(16))
 OUT_BYTES, LSE_BYTES = ROWS * HEADS * DIM * 4, ROWS * HEADS * 4
-ECHO, READY, ATTEND = "/bench.Hot/Echo", "/bench.Hot/Ready", "/bench.Hot/Attend"
+SERVICE = "kvbank.Bank"                                           # one that a worker's certificate may call
+ECHO, READY, ATTEND = (f"/{SERVICE}/{name}" for name in ("Echo", "Ready", "Attend"))
 LAYERS = 8                                                        # that share a step
 GOAL = 1.1                                                        # of the echo's median
+LOCKED_GOAL = 1.3                                                 # of the median without certificates
 
 
 def main(argv: list[str] | None = None) -> int:
     report = Report("attend", argv, ("--rounds", {"type": int, "default": 0, "help": "of each kind; 0: as usual"}),
-                    ("--lender", {"action": "store_true", "help": argparse.SUPPRESS}))
+                    ("--lender", {"type": Path, "help": argparse.SUPPRESS}))
     if report.args.lender:
-        return lend()
+        return lend(report.args.lender)
     rounds = report.args.rounds or (2_000 if report.args.quick else 10_000)
     found = measure(rounds, blocks=10)
     figures: dict[str, Any] = {}
@@ -62,23 +68,32 @@ def main(argv: list[str] | None = None) -> int:
         report.line(what=name, rounds=len(times), p50_us=figures[f"{name}_p50_us"], p99_us=figures[f"{name}_p99_us"])
     for quantile in ("p50", "p99"):
         figures[f"ratio_{quantile}"] = round(figures[f"attend_{quantile}_us"] / figures[f"echo_{quantile}_us"], 2)
+    for spans in ("1_span", "16_spans"):
+        figures[f"locked_ratio_p50_{spans}"] = round(
+            figures[f"locked_{spans}_p50_us"] / figures[f"attended_{spans}_p50_us"], 2)
     figures |= {"bytes_there": len(question(0)), "bytes_back": len(answer(0).pack()), "rounds": rounds}
     report.goal("ratio_p50", "<=", GOAL)
+    report.goal("locked_ratio_p50_1_span", "<=", LOCKED_GOAL)
+    report.goal("locked_ratio_p50_16_spans", "<=", LOCKED_GOAL)
     return report.finish(figures)
 
 
 def measure(rounds: int, blocks: int) -> dict[str, list[float]]:
     """Seconds of every round, by what was measured."""
-    with subprocess.Popen([sys.executable, "-m", "bench.attend", "--lender"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True) as lender:
+    with tempfile.TemporaryDirectory() as folder, subprocess.Popen(
+            [sys.executable, "-m", "bench.attend", "--lender", _certificates(folder)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True) as lender:
         try:
             assert lender.stdout is not None
-            with rpc.channel(f"127.0.0.1:{int(lender.stdout.readline())}", TOKEN) as channel:
-                ready, attended = (_Hot(channel, path) for path in (READY, ATTEND))
+            plain, locked = (f"127.0.0.1:{int(lender.stdout.readline())}" for _ in range(2))
+            with rpc.channel(plain, TOKEN) as channel, rpc.channel(locked, _badge(folder)) as safe:
+                ready, attended, behind = _Hot(channel, READY), _Hot(channel, ATTEND), _Hot(safe, ATTEND)
                 sides: dict[str, Callable[[int], None]] = {
                     "echo": _Echo(channel).round, "attend": ready.round,
                     "attended_1_span": lambda number: attended.round(number, 1),
                     "attended_16_spans": lambda number: attended.round(number, SPANS),
+                    "locked_1_span": lambda number: behind.round(number, 1),
+                    "locked_16_spans": lambda number: behind.round(number, SPANS),
                 }
                 return take_turns(sides, rounds, blocks)
         finally:
@@ -137,21 +152,32 @@ class _Echo:
 
 # -- the lender's side -------------------------------------------------------------------------------------------------
 
-def lend() -> int:
-    """Serve until standard input ends; the first line on standard output is the port."""
+def _certificates(folder: str) -> str:
+    make_certificates(Path(folder))
+    return folder
+
+
+def _badge(folder: str | Path) -> Badge:
+    return Badge(TOKEN, Certificates(Path(folder), "worker"))
+
+
+def lend(folder: Path) -> int:
+    """Serve until standard input ends, in clear and with certificates; two lines on standard output are the ports."""
     torch.set_num_threads(1)
     arena = Arena(SPANS, LAYOUT.slot_bytes)
     arena.bytes.view(torch.float32).normal_()
-    server = rpc.server(TOKEN)
     handlers = {"Echo": echo, "Ready": _answering(_Ready(arena, _Open(), lambda boot: LAYOUT)),
                 "Attend": _answering(AttendServer(arena, _Open(), lambda boot: LAYOUT))}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(
-        "bench.Hot", {name: grpc.stream_stream_rpc_method_handler(handler) for name, handler in handlers.items()}),))
-    port = rpc.bind(server, "127.0.0.1:0")
-    server.start()
-    print(port, flush=True)
+    servers = [rpc.server(shown) for shown in (TOKEN, _badge(folder))]
+    for server in servers:
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(
+            SERVICE, {name: grpc.stream_stream_rpc_method_handler(handler) for name, handler in handlers.items()}),))
+        port = rpc.bind(server, "127.0.0.1:0")
+        server.start()
+        print(port, flush=True)
     sys.stdin.read()
-    server.stop(0)
+    for server in servers:
+        server.stop(0)
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import grpc.aio
 import numpy as np
 
-from kvbank.cluster.job import Job
+from kvbank.cluster.job import Job, Logprob
 from kvbank.errors import Cancelled, DeadlineExceeded, KVBankError, Unavailable, from_code
 from kvbank.proto import jobs_pb2
 
@@ -128,7 +128,7 @@ class Attempt:
             ),
             stop_token_ids=spec.stop_token_ids, ignore_eos=spec.ignore_eos, deadline_ms=left_ms,
             keys=job.keys if len(job.keys) + len(spec.prompt) <= KEYS_AND_PROMPT_BYTES else b"",
-            age=job.age, policy=spec.policy,
+            age=job.age, policy=spec.policy, cache_salt=spec.cache_salt, logprobs=spec.logprobs,
         )
 
     def _take(self, tokens: jobs_pb2.Tokens) -> bool:
@@ -140,8 +140,10 @@ class Attempt:
         if skip < 0:
             return False
         now, before = self._clock(), len(job.ids)
-        for token in np.frombuffer(tokens.ids, dtype="<i4")[skip:].tolist():
-            job.take(token, now)
+        ids = np.frombuffer(tokens.ids, dtype="<i4").tolist()
+        told = _logprobs(tokens, len(ids)) if tokens.logprobs else [None] * len(ids)
+        for token, logprob in zip(ids[skip:], told[skip:], strict=True):
+            job.take(token, now, logprob)
             if job.text.stopped:
                 self._on_stop()
                 break
@@ -191,6 +193,16 @@ class Attempt:
         if self._job.ending:
             raise ending_error(self._job)
         return Lost(reason, accepted=self._accepted)
+
+
+def _logprobs(tokens: jobs_pb2.Tokens, count: int) -> list[Logprob | None]:
+    """One per token; None where the message does not hold together."""
+    drawn = np.frombuffer(tokens.logprobs, dtype="<f4").tolist()
+    each = len(tokens.top_ids) // max(1, count)      # bytes of ids, and as many of values, beside each token
+    if len(drawn) != count or len(tokens.top_logprobs) != len(tokens.top_ids) or each * count != len(tokens.top_ids) or each % 4:
+        return [None] * count
+    cuts = [slice(at * each, (at + 1) * each) for at in range(count)]
+    return [Logprob(value, tokens.top_ids[cut], tokens.top_logprobs[cut]) for value, cut in zip(drawn, cuts, strict=True)]
 
 
 def ending_error(job: Job) -> KVBankError:

@@ -1,4 +1,4 @@
-"""The command `kvbank`: up, down, status, submit, demo, bench, doctor, plan. Each takes --json: one object on stdout.
+"""The command `kvbank`: up, down, status, submit, demo, bench, certs, doctor, plan. Each takes --json: one object on stdout.
 
 Exit status: 0 done, 1 a typed error (told on stderr, or as {"error": ...} with --json), 2 wrong usage, 130 Ctrl-C.
 Heavy imports wait until a verb needs them, so that `status` and `submit` load neither torch nor Ray.
@@ -24,7 +24,7 @@ from typing import Any
 import kvbank
 from kvbank.cluster import statefile
 from kvbank.cluster.client import Client, Job
-from kvbank.cluster.config import Settings, load, state_dir
+from kvbank.cluster.config import Settings, load, read_keys, state_dir
 from kvbank.cluster.screen import console, receipt_view, status_view, table
 from kvbank.errors import ConfigError, InvalidRequest, KVBankError, NotFound
 
@@ -114,6 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     bench = verb("bench", _bench, "run a benchmark of bench/")
     bench.add_argument("name", metavar="NAME", help="engine, prefix, attend, lending, reuse, gateway, ...")
 
+    certs = verb("certs", _certs, "make or renew the certificates of a cluster in a folder")
+    certs.add_argument("folder", type=Path, help="where they are or will be; ca.key in it signs, keep that one to yourself")
+    certs.add_argument("--name", dest="names", action="append", help="a name or address of the gateway; may be repeated")
+    certs.add_argument("--days", type=int, default=90, help="how long they are valid")
+
     verb("doctor", _doctor, "check this machine: versions, Redis, memory, ports, a round trip through the tiers")
 
     plan = verb("plan", _plan, "say how many tokens fit where, for a model and a cluster")
@@ -129,6 +134,7 @@ def _add_name(parser: argparse.ArgumentParser) -> None:
 def _add_target(parser: argparse.ArgumentParser) -> None:
     _add_name(parser)
     parser.add_argument("--address", help="a gateway's address, instead of a cluster of this machine")
+    parser.add_argument("--ca", help="PEM file with the authority of an https gateway")
     parser.add_argument("--api-key-file", type=Path, help="file that holds the API key for --address")
 
 
@@ -173,8 +179,8 @@ def _up(args: argparse.Namespace) -> int:
     from kvbank.cluster.launcher import LocalCluster
 
     tell = _Teller(args)
-    api_key = next(iter(settings.http.api_keys), "")
-    mine = statefile.claim(folder, args.name, api_key=api_key, config=[list(row) for row in settings.rows()])
+    mine = statefile.claim(folder, args.name, api_key=_own_key(settings), ca=settings.http.tls_cert or "",
+                           config=[list(row) for row in settings.rows()])
     leave = threading.Event()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: _leave(leave))
@@ -200,6 +206,13 @@ def _up(args: argparse.Namespace) -> int:
     finally:
         statefile.release(folder, mine)
     return 0
+
+
+def _own_key(settings: Settings) -> str:
+    """The key that `status` and `submit` on this machine use: one that may do everything, if there is one."""
+    http = settings.http
+    keys = read_keys(Path(http.api_keys_file)) if http.api_keys_file else http.api_keys
+    return next(iter(sorted(keys, key=lambda key: not keys[key].endswith(":ops"))), "")
 
 
 def _flat(overrides: dict[str, Any]) -> dict[str, Any]:
@@ -330,11 +343,11 @@ def _down(args: argparse.Namespace) -> int:
 def _client(args: argparse.Namespace) -> Client:
     if args.address:
         key = args.api_key_file.read_text().strip() if args.api_key_file else None
-        return Client(args.address, api_key=key)
+        return Client(args.address, api_key=key, ca=args.ca)
     running = statefile.need(_folder(), args.name)
     if not running.address:
         raise NotFound(f"the cluster {args.name!r} is still starting")
-    return Client(running.address, api_key=running.api_key or None)
+    return Client(running.address, api_key=running.api_key or None, ca=args.ca or running.ca or None)
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -454,6 +467,20 @@ def _doctor(args: argparse.Namespace) -> int:
         rows = [(marks[f.state], f.what, f.detail) for f in findings]
         console().print(table("kvbank doctor", ("", "what", "found"), rows, right=3))
     return 0 if well else 1
+
+
+def _certs(args: argparse.Namespace) -> int:
+    from kvbank.cluster.certs import make_certificates
+
+    if not 1 <= args.days <= 825:
+        raise InvalidRequest(f"--days must be 1 to 825, not {args.days}")
+    written = make_certificates(args.folder, days=args.days, **({"names": args.names} if args.names else {}))
+    if args.json:
+        _print_json({"written": [str(path) for path in written]})
+    else:
+        print(f"{len(written)} files in {args.folder}. Set cluster.tls_dir to it; http.tls_cert and http.tls_key to its "
+              "https.pem and https.key. Every machine needs ca.pem and what its members are, none needs ca.key.")
+    return 0
 
 
 def _plan(args: argparse.Namespace) -> int:

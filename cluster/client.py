@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import ssl
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -49,18 +50,21 @@ STREAM_RETRIES = 3                   # reconnects in a row without news
 
 
 class Client:
-    """A connection pool to one gateway. `timeout_s` bounds every answer, and `result` where that names no other."""
+    """A connection pool to one gateway. `timeout_s` bounds every answer, and `result` where that names no other. `ca`: a PEM
+    file with the authority of an https gateway; default: those that this machine trusts."""
 
-    def __init__(self, address: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> None:
-        self._wire = _Wire(address, api_key, timeout_s)
+    def __init__(self, address: str, *, api_key: str | None = None, timeout_s: float = 600.0, ca: str | None = None) -> None:
+        self._wire = _Wire(address, api_key, timeout_s, ca)
         self._http = httpx.Client(**self._wire.options(), limits=_LIMITS)
 
     def submit(
         self, prompt: Prompt, *, max_tokens: int = 16, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
         seed: int | None = None, stop: str | list[str] | None = None, stop_token_ids: list[int] | None = None,
         ignore_eos: bool = False, policy: str = "exact", job_id: str | None = None, deadline_s: float | None = None,
+        cache_salt: str | None = None,
     ) -> Job:
-        """Hand a job in and return at once. The same `job_id` with the same content is the job already there."""
+        """Hand a job in and return at once. The same `job_id` with the same content is the job already there.
+        Jobs with a `cache_salt` share KV with jobs of the same salt only."""
         body = _body(locals())
         for last in (False, True):                   # the job has a name: sending it twice makes one job
             try:
@@ -151,14 +155,15 @@ class Job:
 class AsyncClient:
     """The async twin of Client."""
 
-    def __init__(self, address: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> None:
-        self._wire = _Wire(address, api_key, timeout_s)
+    def __init__(self, address: str, *, api_key: str | None = None, timeout_s: float = 600.0, ca: str | None = None) -> None:
+        self._wire = _Wire(address, api_key, timeout_s, ca)
         self._http = httpx.AsyncClient(**self._wire.options(), limits=_LIMITS)
 
     async def submit(
         self, prompt: Prompt, *, max_tokens: int = 16, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
         seed: int | None = None, stop: str | list[str] | None = None, stop_token_ids: list[int] | None = None,
         ignore_eos: bool = False, policy: str = "exact", job_id: str | None = None, deadline_s: float | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncJob:
         """As Client.submit."""
         body = _body(locals())
@@ -257,7 +262,7 @@ class _Broken(Unavailable):
 class _Wire:
     """Address, credential, and how answers become values or typed errors."""
 
-    def __init__(self, address: str, api_key: str | None, timeout_s: float) -> None:
+    def __init__(self, address: str, api_key: str | None, timeout_s: float, ca: str | None = None) -> None:
         if not isinstance(address, str) or not address.strip():
             raise InvalidRequest("the address of a gateway looks like http://127.0.0.1:8000")
         if not timeout_s > 0:
@@ -273,14 +278,25 @@ class _Wire:
         self.timeout_s = timeout_s
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key):
             raise InvalidRequest("an API key is printable ASCII without blanks around it")
+        self._verify: ssl.SSLContext | bool = True
+        if ca is not None:
+            try:
+                self._verify = ssl.create_default_context(cafile=ca)
+                self._verify.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN       # the gateway's own certificate will do
+            except (OSError, ssl.SSLError):
+                raise InvalidRequest(f"{ca} is not a PEM file of certificates that can be read") from None
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def options(self) -> dict[str, Any]:
         timeout = httpx.Timeout(self.timeout_s, connect=min(CONNECT_S, self.timeout_s))
-        return {"base_url": self.address, "headers": self._headers, "timeout": timeout, "trust_env": False}
+        return {"base_url": self.address, "headers": self._headers, "timeout": timeout, "trust_env": False,
+                "verify": self._verify}
 
     def broken(self, error: httpx.HTTPError) -> KVBankError:
         """A transport failure as the user should see it."""
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return Unavailable(f"{self.address} shows a certificate that is not trusted here: give its authority's PEM file "
+                               "as `ca` (`--ca`), and use a name that stands in the certificate")
         if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
             return Unavailable(
                 f"nobody answers at {self.address}: is the cluster up (`kvbank status`), and is this the address that "

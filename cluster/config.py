@@ -53,7 +53,9 @@ class ClusterSettings:
     lenders: int = _set("int", 0, "members that host no model and only lend", low=0, high=1024)
     ray_address: str | None = _set("str", None, "join this Ray (auto or host:port) instead of starting one", none=True)
     bind_host: str = _set("str", "127.0.0.1", "address on which members talk to each other")
-    allow_public: bool = _set("bool", False, "allow addresses other than loopback")
+    allow_public: bool = _set("bool", False, "allow addresses other than loopback: they need certificates and API keys")
+    allow_plaintext: bool = _set("bool", False, "allow them without certificates: the network itself is trusted, all of it")
+    tls_dir: str | None = _set("path", None, "certificates for all traffic between members; `kvbank certs` makes them", none=True)
     state_dir: str | None = _set("path", None, "where the cache secret and model digests are kept", none=True)
     log_dir: str | None = _set("path", None, "keep the members' logs here; default: a temp folder", none=True)
     restart: bool = _set("bool", True, "start a member again when its process died")
@@ -90,6 +92,8 @@ class VaultSettings:
     lender_blocks: int | None = _set("int", None, "of each lender; default: same", low=1, high=1 << 30, none=True)
     block_size: int = _set("int", 16, "tokens per block: unit of keys and prefix hits", low=1, high=4096)
     span_tokens: int = _set("int", 128, "tokens per span: unit of allocation and lending", low=1, high=65536)
+    tenant_share: float | None = _set("float", None, "of a worker's KV memory, what a tenant's cache keeps while others press; "
+                                      "who has more gives way first; default: the oldest goes", low=0, high=1, none=True)
     staging_spans: int = _set("int", 16, "spans of fetched or parked bytes in flight", low=1, high=65536)
 
 
@@ -111,6 +115,8 @@ class LoanSettings:
 
     lend_cap: float | None = _set("float", None, "share of its slots a member lends; default: lenders 1.0, models 0.5",
                                   low=0, high=1, none=True)
+    tenant_cap: float | None = _set("float", None, "share of a member's slots lent to jobs of one tenant; default: lend_cap",
+                                    low=0, high=1, none=True)
     term_s: float = _set("float", 6.0, "a loan not renewed this long ends", low=0.05, high=3600)
     renew_s: float = _set("float", 1.5, "a borrower renews all its loans with a lender this often", low=0.01, high=1800)
     fill_s: float = _set("float", 3.0, "a granted slot not filled this long is taken back", low=0.05, high=600)
@@ -133,9 +139,17 @@ class HttpSettings:
 
     host: str = _set("str", "127.0.0.1", "address the API listens on")
     port: int = _set("int", 0, "port the API listens on; 0: any", low=0, high=65535)
+    tls_cert: str | None = _set("path", None, "PEM file: serve https with this certificate chain", none=True)
+    tls_key: str | None = _set("path", None, "PEM file: its key", none=True)
+    names: str = _set("str", "", "host names that are answered to, with commas; default: loopback ones, any with API keys")
     api_keys: Mapping[str, str] = _set("keys", {}, "{key: tenant or tenant:ops}; empty: any key is tenant `default`", secret=True)
+    api_keys_file: str | None = _set("path", None, "the same as a YAML file, read again whenever it changes", none=True)
     max_body_bytes: int = _set("size", 8 << 20, "largest request body: long prompts are the point", low=1024, high=1 << 30)
+    max_job_tokens: int | None = _set("int", None, "prompt and output tokens of one job; none: no bound", low=2, none=True)
     max_jobs: int = _set("int", 1024, "jobs the gateway carries at once; one more is Overloaded", low=1, high=1 << 20)
+    tenant_jobs: int | None = _set("int", None, "of them, of one tenant; default: all", low=1, high=1 << 20, none=True)
+    tenant_tokens_per_s: float | None = _set("float", None, "prompt and output tokens one tenant may ask for; default: any",
+                                             low=0.1, high=1e12, none=True)
     keep_jobs_s: float = _set("float", 600.0, "a finished job can be asked for this long", low=0, high=7 * 86_400)
 
 
@@ -295,13 +309,24 @@ def _read_file(path: Path) -> Mapping[str, Any]:
             values = yaml.load(text, Loader=_StrictLoader)
         else:
             raise ConfigError(f"config file {path} must end in .yaml, .yml or .toml")
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:        # YAML's own dates and numbers may be ones that Python cannot hold
         raise ConfigError(f"config file {path} is not valid: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise ConfigError(f"config file {path} is nested too deeply") from None
     if values is None:
         return {}
     if not isinstance(values, Mapping):
         raise ConfigError(f"config file {path} must hold a mapping, not {type(values).__name__}")
     return values
+
+
+def read_keys(path: Path) -> Mapping[str, str]:
+    """The mapping of an http.api_keys_file. Raises ConfigError, which names no key."""
+    try:
+        found: Mapping[str, str] = parse({"kind": "keys"}, dict(_read_file(path)))
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"http.api_keys_file {path}: {error}") from None
+    return found
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -332,8 +357,20 @@ def _check(settings: Settings) -> Settings:
     for key, host in (("cluster.bind_host", cluster.bind_host), ("http.host", http.host)):
         if not is_loopback(host) and not cluster.allow_public:
             raise ConfigError(f"{key} {host} is not loopback: set cluster.allow_public to true if that is meant")
-    if not is_loopback(http.host) and not http.api_keys:
-        raise ConfigError(f"http.host {http.host} is not loopback and http.api_keys is empty: anyone could use it")
+    if not is_loopback(cluster.bind_host) and not cluster.tls_dir and not cluster.allow_plaintext:
+        raise ConfigError(f"cluster.bind_host {cluster.bind_host} is not loopback, and KV would travel in clear: make "
+                          "certificates with `kvbank certs FOLDER` and set cluster.tls_dir, or set cluster.allow_plaintext "
+                          "to true in a network where everybody is trusted")
+    if (http.tls_cert is None) != (http.tls_key is None):
+        raise ConfigError("http.tls_cert and http.tls_key must be given together")
+    if http.api_keys and http.api_keys_file:
+        raise ConfigError("http.api_keys and http.api_keys_file are two sources for one thing: give one of them")
+    if not is_loopback(http.host):
+        if not http.api_keys and not http.api_keys_file:
+            raise ConfigError(f"http.host {http.host} is not loopback and http.api_keys is empty: anyone could use it")
+        if not http.tls_cert and not cluster.allow_plaintext:
+            raise ConfigError(f"http.host {http.host} is not loopback, and API keys and prompts would travel in clear: set "
+                              "http.tls_cert and http.tls_key, or cluster.allow_plaintext to true behind a proxy that does")
     if redis not in (None, "embedded") and not re.match(r"(rediss?|unix)://", str(redis)):
         raise ConfigError("tiers.redis must be 'embedded', none, or a URL beginning with redis://, rediss:// or unix://")
     return replace(settings, vault=_whole_spans(settings.vault))

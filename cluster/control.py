@@ -41,6 +41,7 @@ from kvbank.cluster.membership import (
 )
 from kvbank.errors import ConfigError
 from kvbank.kvstore.transport import rpc
+from kvbank.kvstore.transport.badge import Badge
 from kvbank.proto import control_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -54,10 +55,10 @@ class Control:
     """One control plane. `start` serves it; `clock` is monotonic seconds."""
 
     def __init__(
-        self, token: str, *, suspect_s: float = 1.5, gone_s: float = 5.0, directory_keys: int = 1_000_000,
+        self, badge: Badge | str, *, suspect_s: float = 1.5, gone_s: float = 5.0, directory_keys: int = 1_000_000,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._token = token
+        self._badge = badge
         self._clock = clock
         self._lock = threading.Lock()
         self._members = Membership(Versions(kvbank=kvbank.__version__), first_session=secrets.randbits(48),
@@ -67,7 +68,7 @@ class Control:
 
     def start(self, address: str) -> str:
         """Serve on `host:port` (port 0: any); the address members use. Raises ConfigError when it cannot be bound."""
-        server = rpc.server(self._token, threads=8)
+        server = rpc.server(self._badge, threads=8)
         methods: dict[str, tuple[Any, Any]] = {
             "Register": (self.register, pb.RegisterRequest), "Heartbeat": (self.heartbeat, pb.Report),
             "Lenders": (self.lenders, pb.LendersRequest), "Locate": (self.locate, pb.LocateRequest),

@@ -27,6 +27,7 @@ from kvbank.cluster.intake import JobSpec
 from kvbank.cluster.job import Job, TextStream
 from kvbank.cluster.links import Links
 from kvbank.cluster.meters import Meters
+from kvbank.cluster.quotas import Quotas
 from kvbank.cluster.roster import RecentPrefixes, Worker
 from kvbank.errors import InvalidRequest, KVBankError, NotFound, Overloaded, Unavailable
 from kvbank.proto import jobs_pb2
@@ -38,6 +39,8 @@ class GatewayLimits:
     """Bounds of one gateway; every wait and every store has one."""
 
     max_jobs: int = 1024             # jobs not over; one more is Overloaded
+    tenant_jobs: int | None = None   # of them, of one tenant
+    tenant_tokens_per_s: float | None = None     # prompts and outputs that one tenant may ask for
     lanes_per_worker: int = 200      # Submit streams open to one worker at once
     retained_jobs: int = 4096        # jobs that are over and can still be read
     retained_s: float = 3600.0
@@ -83,7 +86,7 @@ class Gateway:
         links: Links,
         choose: Choose,
         open_text: Callable[[tuple[str, ...]], TextStream],
-        block_keys: Callable[[str, bytes], bytes] = lambda _tenant, _prompt: b"",
+        block_keys: Callable[[str, bytes], bytes] = lambda _key_space, _prompt: b"",
         eos_ids: Sequence[int] = (),
         limits: GatewayLimits | None = None,
         meters: Meters | None = None,
@@ -106,6 +109,7 @@ class Gateway:
         self._suspects: dict[tuple[str, bytes], float] = {}
         self._recent = RecentPrefixes()
         self._room = asyncio.Event()                 # a lane came free or the members changed
+        self._quotas = Quotas(jobs=self.limits.tenant_jobs, tokens_per_s=self.limits.tenant_tokens_per_s)
         self._last_age = 0.0
         self._stopping = False
         self.observers: list[Observer] = []
@@ -116,7 +120,8 @@ class Gateway:
     def submit(self, spec: JobSpec) -> Job:
         """Admit a job, or return the one that this tenant already submitted under this job_id with this content.
 
-        Raises Overloaded when the bounded queue is full, InvalidRequest when the job_id names something else.
+        Raises Overloaded when the bounded queue is full or the tenant has had its share, InvalidRequest when the job_id names
+        something else.
         """
         if spec.job_id is not None and (known := self._jobs.get((spec.tenant, spec.job_id))) is not None:
             if known.spec.fingerprint != spec.fingerprint:
@@ -132,6 +137,11 @@ class Gateway:
                 f"{self.live} jobs are waiting or running, which is the limit; retry later",
                 retry_after_s=self._retry_after(),
             )
+        try:
+            self._quotas.admit(spec.tenant, spec.prompt_tokens + spec.max_tokens, self._clock())
+        except Overloaded:
+            self.meters.refused("overloaded")
+            raise
         job = self._admit(spec)
         task = asyncio.create_task(self._run(job))
         self._tasks.add(task)
@@ -200,7 +210,7 @@ class Gateway:
             started_at=self._clock(),
             homeless_since=self._clock(),
             prompt_tokens=spec.prompt_tokens,
-            keys=self._block_keys(spec.tenant, spec.prompt),
+            keys=self._block_keys(spec.key_space, spec.prompt),
         )
         job.progress.total = spec.prompt_tokens
         self._jobs[(spec.tenant, job.id)] = job
@@ -245,6 +255,7 @@ class Gateway:
 
     def _close(self, job: Job, error: KVBankError | None) -> None:
         job.end(self._clock(), error=error)
+        self._quotas.release(job.spec.tenant)
         self._over[(job.spec.tenant, job.id)] = job.ended_at
         self._finish_receipt(job)
         self.meters.ended(job)

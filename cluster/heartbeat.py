@@ -22,6 +22,7 @@ from kvbank.cluster.directory import KEY_BYTES
 from kvbank.cluster.membership import Facts, Versions
 from kvbank.errors import ConfigError, Unauthorized, Unavailable
 from kvbank.kvstore.transport import rpc
+from kvbank.kvstore.transport.badge import Badge
 from kvbank.proto import control_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -40,11 +41,11 @@ class Heartbeat:
     """
 
     def __init__(
-        self, control: str, token: str, *, interval_s: float = 0.5,
+        self, control: str, badge: Badge | str, *, interval_s: float = 0.5,
         report: Callable[[bool], Mapping[str, Any]] | None = None,
         on_members: Callable[[Sequence[pb.Member]], None] | None = None,
     ) -> None:
-        self._channel = rpc.channel(control, token)
+        self._channel = rpc.channel(control, badge)
         self._control = control
         self._interval_s = interval_s
         self._report = report or (lambda full: {})

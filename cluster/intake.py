@@ -11,9 +11,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,9 +26,15 @@ MAX_SEGMENTS = 4096
 WIRE_TOKENS = 900_000                # one Submit message is at most 4 MiB, ids are 4 bytes
 SEEDS = 1 << 63                      # workers take seeds below this; any 64-bit integer of a caller becomes one of them
 SLOW_TEXT = 1 << 15                  # characters; longer texts are tokenised off the event loop
+MAX_MESSAGES = 4096                  # of one chat
+MAX_SALT_CHARS = 256
+MAX_DEPTH = 32                       # of a JSON body; ours need six
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}     # as templates know them
+MAX_LOGPROBS = 20                    # likely tokens told for each token of the output
 _JOB_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 Encode = Callable[[str, bool], list[int]]    # (text, at the start of the prompt) -> token ids
+Render = Callable[[Sequence[Mapping[str, Any]], bool], str]      # (messages, add_generation_prompt) -> the prompt's text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +44,13 @@ class ModelFacts:
     name: str                        # as /v1/models shows it
     vocab_size: int
     max_position: int                # prompt + output tokens at most
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A prompt's text that already has the special tokens it needs: what a chat template made."""
+
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,34 +80,76 @@ class JobSpec:
     deadline_s: float | None = None
     policy: str = "exact"
     job_id: str | None = None
+    cache_salt: str = ""             # jobs of other salts, or of none, share no KV with this one
+    logprobs: int | None = None      # likely tokens wanted beside each drawn one's log-probability; None: nothing of it
     fingerprint: bytes = b""
 
     @property
     def prompt_tokens(self) -> int:
         return len(self.prompt) // 4
 
+    @property
+    def key_space(self) -> str:
+        """What block keys grow from: the tenant, and its salt behind a character that no tenant has."""
+        return f"{self.tenant}\0{self.cache_salt}" if self.cache_salt else self.tenant
+
 
 SPEC_FIELDS = frozenset({
     "prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stop_token_ids", "ignore_eos",
-    "deadline_s", "policy", "job_id",
+    "deadline_s", "policy", "job_id", "cache_salt",
 })
+
+
+class Pieces(Protocol):
+    """What single tokens stand for. workers/token_pieces.py is the real one."""
+
+    def piece(self, token: int) -> bytes:
+        """Its bytes, of special tokens too; empty for an id without a token."""
+
+    def shown(self, token: int, *, first: bool) -> bytes:
+        """What of them stands in an answer's text; `first`: it begins the answer."""
+
+
+class _NoPieces:
+    def piece(self, token: int) -> bytes:
+        return b""
+
+    def shown(self, token: int, *, first: bool) -> bytes:
+        return b""
+
+
+def no_template(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    """Where a model has no chat template."""
+    raise InvalidRequest("this model has no chat template: send /v1/completions with a prompt instead")
 
 
 class Intake:
     """Checks and tokenises. `capacity_tokens` says how many tokens the cluster can hold for one job, None: unknown."""
 
     def __init__(
-        self, facts: ModelFacts, encode: Encode, *, capacity_tokens: Callable[[], int | None] = lambda: None
+        self, facts: ModelFacts, encode: Encode, *, capacity_tokens: Callable[[], int | None] = lambda: None,
+        decode: Callable[[list[int]], str] = lambda ids: "", render: Render = no_template, max_job_tokens: int | None = None,
+        pieces: Pieces | None = None,
     ) -> None:
+        """decode: token ids -> text. max_job_tokens: the operator's bound of prompt and output together."""
         self.facts = facts
-        self._encode = encode
-        self._capacity_tokens = capacity_tokens
+        self.decode = decode
+        self.pieces: Pieces = pieces or _NoPieces()
+        self._encode, self._render = encode, render
+        self._capacity_tokens, self._max_job_tokens = capacity_tokens, max_job_tokens
 
-    async def spec(self, body: Mapping[str, Any], *, tenant: str, temperature: float = 0.0) -> JobSpec:
-        """The job that `body` asks for; `temperature` is its dialect's default. Raises InvalidRequest."""
+    async def spec(
+        self, body: Mapping[str, Any], *, tenant: str, temperature: float = 0.0, max_tokens: int = 16,
+        fitting: bool = False, logprobs: int | None = None,
+    ) -> JobSpec:
+        """The job that `body` asks for. Raises InvalidRequest.
+
+        temperature, max_tokens: the dialect's defaults. fitting: the default of max_tokens is cut to the room that is left.
+        body["prompt"]: what a caller may send, or a Rendered.
+        """
         fields = Fields(body)
         fields.refuse_unknown(SPEC_FIELDS)
-        max_tokens = fields.integer("max_tokens", 16, low=1, high=2**31 - 1)
+        wanted = fields.integer("max_tokens", None, low=1, high=2**31 - 1)
         stop = _stop(body.get("stop"))
         policy = fields.text("policy", "exact")
         if policy not in POLICIES:
@@ -104,8 +159,11 @@ class Intake:
             raise InvalidRequest("job_id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -")
         top_k = fields.integer("top_k", 0, low=-1, high=2**31 - 1)
         seed = fields.integer("seed", None, low=-(2**63), high=2**64 - 1)
+        cache_salt = fields.text("cache_salt", "")
+        if len(cache_salt) > MAX_SALT_CHARS or body.get("cache_salt") == "":
+            raise InvalidRequest(f"cache_salt must be a string of 1 to {MAX_SALT_CHARS} characters; leave it out for none")
+        _check_text(cache_salt, "cache_salt")
         sampling: dict[str, Any] = {
-            "max_tokens": max_tokens,
             "temperature": fields.number("temperature", temperature, low=0.0, high=2.0),
             "top_p": fields.number("top_p", 1.0, low=0.0, high=1.0, open_low=True),
             "top_k": max(0, top_k),
@@ -114,18 +172,55 @@ class Intake:
             "stop_token_ids": self._token_list(body.get("stop_token_ids"), "stop_token_ids", limit=64),
             "ignore_eos": fields.flag("ignore_eos", False),
             "policy": policy,
+            "cache_salt": cache_salt,
+            "logprobs": logprobs,
         }
         deadline_s = fields.number("deadline_s", None, low=0.0, high=30 * 86_400.0, open_low=True)
         prompt, segments = await self._prompt(body.get("prompt"))
-        self._check_length(len(prompt) // 4, max_tokens)
+        if wanted is None:
+            wanted = max(1, min(max_tokens, self.room_tokens() - len(prompt) // 4)) if fitting else max_tokens
+        sampling["max_tokens"] = wanted
+        self._check_length(len(prompt) // 4, sampling["max_tokens"])
         return JobSpec(
             tenant=tenant, prompt=prompt, segments=segments, deadline_s=deadline_s, job_id=job_id,
             fingerprint=_fingerprint(prompt, segments, sampling), **sampling,
         )
 
+    async def chat(self, messages: Any, *, add_generation_prompt: bool = True) -> Rendered:
+        """Messages as the model's chat template writes them. Raises InvalidRequest."""
+        checked = _messages(messages)
+        return Rendered(await asyncio.to_thread(self._render, checked, add_generation_prompt))
+
+    async def token_ids(self, prompt: Any) -> list[int]:
+        """What `prompt` becomes, however long it is. Raises InvalidRequest."""
+        ids, _ = await self._prompt(prompt)
+        return list(memoryview(ids).cast("i"))
+
+    def prompt_text(self, prompt: Any) -> str:
+        """What a prompt that `spec` took says, in text; token ids are decoded."""
+        pieces = [prompt] if isinstance(prompt, str) or not isinstance(prompt[0], dict) else prompt
+        parts: list[Any] = [piece.get("text", piece.get("token_ids")) if isinstance(piece, dict) else piece for piece in pieces]
+        return "".join(part if isinstance(part, str) else self.decode(part) for part in parts)
+
+    def checked_ids(self, ids: Any, where: str) -> list[int]:
+        """A list of ids of this model's vocabulary. Raises InvalidRequest."""
+        self._ids(ids, where)
+        return list(ids)
+
+    def room_tokens(self) -> int:
+        """Prompt and output tokens that one job may have at most."""
+        limits = [self.facts.max_position, self._max_job_tokens, self._capacity_tokens()]
+        return min(limit for limit in limits if limit is not None)
+
     async def _prompt(self, prompt: Any) -> tuple[bytes, tuple[PromptSegment, ...]]:
         if prompt is None:
             raise InvalidRequest("prompt is missing")
+        if isinstance(prompt, Rendered):
+            _check_text(prompt.text, "messages")
+            made = self._ids(await self._encoded(prompt.text, at_start=False), "messages")
+            if not made:
+                raise InvalidRequest("the chat template made no prompt of these messages; send some text")
+            return made, ()
         pieces = [{"text": prompt}] if isinstance(prompt, str) else prompt
         if not isinstance(pieces, list):
             raise InvalidRequest("prompt must be a string, a list of token ids, or a list of segments")
@@ -160,11 +255,12 @@ class Intake:
         if not isinstance(text, str):
             raise InvalidRequest(f"{where}: text must be a string")
         _check_text(text, where)
+        return self._ids(await self._encoded(text, at_start=at_start), where), reusable
+
+    async def _encoded(self, text: str, *, at_start: bool) -> list[int]:
         if len(text) > SLOW_TEXT:
-            ids = await asyncio.to_thread(self._encode, text, at_start)
-        else:
-            ids = self._encode(text, at_start)
-        return self._ids(ids, where), reusable
+            return await asyncio.to_thread(self._encode, text, at_start)
+        return self._encode(text, at_start)
 
     def _ids(self, ids: Any, where: str) -> bytes:
         """Token ids as int32 bytes; refuses what is not an integer or not in the vocabulary, naming its index."""
@@ -195,6 +291,11 @@ class Intake:
                 f"the prompt has {prompt} tokens and max_tokens is {output}: {total} together, the model reads "
                 f"{limit}; shorten the prompt or ask for at most {max(0, limit - prompt)} tokens"
             )
+        if self._max_job_tokens is not None and total > self._max_job_tokens:
+            raise TooLong(
+                f"the prompt has {prompt} tokens and max_tokens is {output}: {total} together, this server takes "
+                f"{self._max_job_tokens} a job; shorten the prompt, ask for fewer, or raise http.max_job_tokens"
+            )
         capacity = self._capacity_tokens()
         if capacity is not None and total > capacity:
             raise TooLong(
@@ -212,6 +313,10 @@ class Fields:
     def refuse_unknown(self, known: frozenset[str]) -> None:
         if unknown := sorted(set(self._body) - known):
             raise InvalidRequest(f"unknown field {_shown(unknown[0])}; known ones are {', '.join(sorted(known))}")
+
+    def raw(self, name: str) -> Any:
+        """As it was sent; None where it was not."""
+        return self._body.get(name)
 
     def integer(self, name: str, default: Any, *, low: int, high: int) -> Any:
         value = self._body.get(name)
@@ -261,7 +366,17 @@ def parse_json(raw: bytes) -> dict[str, Any]:
         raise InvalidRequest(f"the body is not valid JSON{at}") from None
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _deeper_than(body, MAX_DEPTH):
+        raise InvalidRequest(f"the body is nested more than {MAX_DEPTH} deep")
     return body
+
+
+def _deeper_than(body: Any, depth: int) -> bool:
+    level = [body]
+    for _ in range(depth):
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(inner, (dict, list))]
+    return bool(level)
 
 
 def _no_constant(name: str) -> None:
@@ -279,6 +394,49 @@ def _stop(stop: Any) -> tuple[str, ...]:
             raise InvalidRequest(f"stop string {number} has {len(text)} characters; 1 to {MAX_STOP_CHARS} are allowed")
         _check_text(text, f"stop string {number}")
     return tuple(stops)
+
+
+def _messages(messages: Any) -> list[dict[str, Any]]:
+    """Chat messages with a role of ours and plain text. Raises InvalidRequest naming what is something else."""
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages must be a list of at least one message")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest(f"there are {len(messages)} messages, at most {MAX_MESSAGES} are read")
+    return [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise InvalidRequest(f"{where} must be an object with role and content")
+    given = {name: value for name, value in message.items() if value is not None}
+    if unknown := sorted(set(given) - {"role", "content", "name"}):
+        raise InvalidRequest(f"{where}: {_shown(unknown[0])} is not supported; a message has role, content and name")
+    role = given.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise InvalidRequest(f"{where}: role {_shown(role)} is not supported; it is one of {', '.join(ROLES)}")
+    if "content" not in given:
+        raise InvalidRequest(f"{where}: content is missing")
+    told = {"role": ROLES[role], "content": _content(given["content"], where)}
+    if "name" in given:
+        told["name"] = Fields(given).text("name", "")
+        _check_text(told["name"], f"{where}: name")
+    return told
+
+
+def _content(content: Any, where: str) -> str:
+    """A string, or parts of type text, which become lines."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list) or not parts:
+        raise InvalidRequest(f"{where}: content must be a string or a list of text parts")
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise InvalidRequest(f"{where}: content of type {_shown(kind)} is not supported; this server reads text only")
+        if not isinstance(part.get("text"), str) or set(part) - {"type", "text"}:
+            raise InvalidRequest(f"{where}: a text part has a string as text, and nothing else")
+    text = "\n".join(part["text"] for part in parts)
+    _check_text(text, where)
+    return text
 
 
 def _check_text(text: str, where: str) -> None:

@@ -7,6 +7,7 @@ the outcome. Changed only on the gateway's event loop; readers follow it with th
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -29,6 +30,20 @@ class Running(Protocol):
     """The attempt that runs a job now: attempt.py."""
 
     def cancel(self, reason: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Of one token of the output: the model's log-probability of it, and of the likeliest tokens, packed as on the wire."""
+
+    drawn: float
+    top_ids: bytes = b""             # int32 little-endian, the likeliest first
+    top: bytes = b""                 # float32 little-endian, beside them
+
+    def likely(self) -> list[tuple[int, float]]:
+        """(token id, log-probability), the likeliest first."""
+        count = len(self.top_ids) // 4
+        return list(zip(struct.unpack(f"<{count}i", self.top_ids), struct.unpack(f"<{count}f", self.top), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +82,7 @@ class Job:
     prompt_tokens: int = 0
     ids: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    logprobs: list[Logprob | None] = field(default_factory=list)     # beside ids when they were asked for, else empty
     tail: str = ""
     attempt: int = 0                 # number of the current or last attempt
     accepted: int = 0                # attempts that a worker took up
@@ -98,12 +114,14 @@ class Job:
             return "finished"
         return "cancelled" if self.error.code == "cancelled" else "failed"
 
-    def take(self, token: int, now: float) -> None:
+    def take(self, token: int, now: float, logprob: Logprob | None = None) -> None:
         """Accept the next token of the output."""
         if not self.ids:
             self.first_token_at = now
         self.last_token_at = now
         self.ids.append(token)
+        if self.spec.logprobs is not None:
+            self.logprobs.append(logprob)
         self.texts.append(self.text.push([token]))
 
     def enter(self, phase: str, now: float, note: str = "") -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from kvbank.kvstore.transport import rpc
+from kvbank.kvstore.transport.badge import Badge
 from kvbank.proto import control_pb2, jobs_pb2, ops_pb2
 
 Reply = TypeVar("Reply", bound=Message)
@@ -18,8 +19,8 @@ Reply = TypeVar("Reply", bound=Message)
 class Links:
     """Opens calls to members. A peer is addressed as membership gave it, never as a request did."""
 
-    def __init__(self, token: str) -> None:
-        self._token = token
+    def __init__(self, badge: Badge | str) -> None:
+        self._badge = badge
         self._channels: dict[tuple[str, str], Any] = {}
 
     def submit(self, address: str) -> Any:
@@ -62,7 +63,7 @@ class Links:
     def _channel(self, address: str, purpose: str) -> Any:
         pair = self._channels.get((address, purpose))
         if pair is None:
-            pair = self._channels[(address, purpose)] = rpc.aio_channel(address, self._token)
+            pair = self._channels[(address, purpose)] = rpc.aio_channel(address, self._badge)
         return pair
 
     async def forget(self, alive: set[str], *, purpose: str | None = None) -> None:

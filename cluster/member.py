@@ -33,6 +33,7 @@ import kvbank
 from kvbank.cluster.heartbeat import Heartbeat
 from kvbank.cluster.membership import Facts, Versions
 from kvbank.errors import ConfigError, KVBankError
+from kvbank.kvstore.transport.badge import Badge
 from kvbank.proto import control_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def build_part(config: Config, line: Heartbeat | None) -> Part:
         from kvbank.cluster.control import Control
 
         values = config["settings"]
-        return Control(config["token"], suspect_s=values["suspect_s"], gone_s=values["gone_s"],
+        return Control(Badge.of_member(config), suspect_s=values["suspect_s"], gone_s=values["gone_s"],
                        directory_keys=values["directory_keys"])
     if config["kind"] == "gateway":
         return _Gateway(config)
@@ -105,7 +106,7 @@ class _Gateway:
         from kvbank.cluster.http.server import GatewaySettings, build_gateway
 
         self._server = build_gateway(GatewaySettings.from_flat(
-            config["settings"], control=config["control"], token=config["token"],
+            config["settings"], control=config["control"], badge=Badge.of_member(config),
             cache_secret=bytes.fromhex(config["cache_secret"]), model_digest=config["model_digest"],
         ))
 
@@ -131,7 +132,7 @@ class Member:
         try:
             if self.config["kind"] in ("model", "lender"):
                 self._line = Heartbeat(
-                    self.config["control"], self.config["token"], interval_s=self.config["settings"]["heartbeat_s"],
+                    self.config["control"], Badge.of_member(self.config), interval_s=self.config["settings"]["heartbeat_s"],
                     report=self._report, on_members=self._meet,
                 )
             self._part = self._build(self.config, self._line)

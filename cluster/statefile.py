@@ -33,6 +33,7 @@ class Running:
     born: float                      # of that process, as the system tells it
     address: str = ""                # empty while it starts
     api_key: str = field(default="", repr=False)     # one that works, when keys are configured
+    ca: str = ""                     # PEM file that its https certificate can be checked with
     log: str = ""                    # of a detached one
     config: list[Any] = field(default_factory=list)  # effective settings as (key, value, source), secrets masked
 

@@ -41,6 +41,7 @@ class Span:
     digest: bytes = b""                   # of its bytes, when a lender sealed them
     moving: bool = False                  # a copy is under way (lend, return): do not move it again
     lender: str = ""                      # member id, when REMOTE
+    owner: str = ""                       # the tenant that it counts against
     tail_blocks: int = 0                  # that many of its blocks end a prompt: whoever asks again knows no later key
     uid: int = field(default_factory=new_uid)
 

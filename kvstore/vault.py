@@ -12,7 +12,7 @@ Engine and servicer threads share a vault: every public method takes `lock`, and
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from threading import RLock
@@ -58,15 +58,18 @@ class Vault:
         *,
         blocks_per_span: int,
         lend_cap: int = 0,
+        guarantee: int = 0,
         on_evict: Callable[[Span], None] | None = None,
         on_scrub: Callable[[list[SlotId]], None] | None = None,
     ) -> None:
-        """lend_cap: slots that may be lent at once. on_evict: called before an idle span's slot is reused (spill).
-        on_scrub: called with slots about to be written by a new owner; their bytes become zero."""
+        """lend_cap: slots that may be lent at once. guarantee: slots that an owner keeps while another one needs some: who has
+        more gives way first, the one that asks before the others; 0: the oldest goes. on_evict: called before an idle span's
+        slot is reused (spill). on_scrub: called with slots about to be written by a new owner; their bytes become zero."""
         self.lock = RLock()
         self.index = PrefixIndex(blocks_per_span)
         self.num_slots = num_slots
         self.lend_cap = lend_cap
+        self._guarantee = guarantee
         self._bps = blocks_per_span
         self._on_evict = on_evict
         self._on_scrub = on_scrub
@@ -87,12 +90,12 @@ class Vault:
     def num_free(self) -> int:
         return len(self._blank) + len(self._idle)
 
-    def new_spans(self, number: int) -> list[Span]:
+    def new_spans(self, number: int, owner: str = "") -> list[Span]:
         """`number` fresh writable spans with one reader each, evicting idle ones oldest first; all or nothing.
 
         Their bytes are zero, so that what lies beyond the written tokens is finite. Raises OutOfSlots.
         """
-        spans = [Span(slot=slot, refs=1) for slot in self.take_slots(number)]
+        spans = [Span(slot=slot, refs=1, owner=owner) for slot in self.take_slots(number, owner)]
         with self.lock:
             for span in spans:
                 assert span.slot is not None
@@ -160,7 +163,7 @@ class Vault:
             span.slot, span.place = slot, LOCAL
             self._held[span.uid] = span
 
-    def take_slots(self, number: int) -> list[SlotId]:
+    def take_slots(self, number: int, owner: str = "") -> list[SlotId]:
         """Bare slots for bytes that will arrive (a span coming home); give them back by `blank_slots`.
 
         Evicts idle spans oldest first, and copies their bytes out without the lock: nobody finds or lends them meanwhile.
@@ -170,7 +173,7 @@ class Vault:
                 raise OutOfSlots(short, self.num_free, self.num_slots)
             leaving: list[Span] = []
             while len(self._blank) + len(leaving) < number:
-                leaving.append(self._take_oldest())
+                leaving.append(self._take_idle(self._next_to_go(owner, number)))
             slots = [SlotId(heapq.heappop(self._blank)) for _ in range(number - len(leaving))]
             self._coming.update(dict.fromkeys(slots))
             slots += [span.slot for span in leaving if span.slot is not None]
@@ -188,9 +191,22 @@ class Vault:
                 span.slot, span.place = None, GONE
         return sorted(slots)
 
-    def _take_oldest(self) -> Span:
-        """Under the lock: the oldest idle span is on its way out; its slot is nobody's but the caller's."""
-        _, span = self._idle.popitem(last=False)
+    def _next_to_go(self, owner: str, asked: int) -> Span:
+        """Under the lock: which idle span makes room for this owner, which asked for so many slots. The oldest of: its own if
+        it has more than the guarantee, else of those who have, else its own, else any."""
+        if not self._guarantee:
+            return next(iter(self._idle.values()))
+        has = Counter(span.owner for span in (*self._held.values(), *self._idle.values()))
+        has[owner] += asked
+        over = {name for name, slots in has.items() if slots > self._guarantee}
+        for fits in ({owner} & over, over, {owner}):
+            if (span := next((span for span in self._idle.values() if span.owner in fits), None)) is not None:
+                return span
+        return next(iter(self._idle.values()))
+
+    def _take_idle(self, span: Span) -> Span:
+        """Under the lock: this idle span is on its way out; its slot is nobody's but the caller's."""
+        del self._idle[span.uid]
         self.index.withdraw(span)
         assert span.slot is not None
         self._coming[span.slot] = None
@@ -232,7 +248,7 @@ class Vault:
             with self.lock:
                 if not self._idle:
                     return went
-                span = self._take_oldest()
+                span = self._take_idle(next(iter(self._idle.values())))
             assert span.slot is not None
             if self._on_evict is not None:
                 self._on_evict(span)
@@ -252,8 +268,7 @@ class Vault:
         with self.lock:
             number = min(number, self.lendable())
             while len(self._blank) < number:
-                _, span = next(iter(self._idle.items()))
-                self.drop(span)
+                self.drop(self._next_to_go("", 0))
             slots = [SlotId(heapq.heappop(self._blank)) for _ in range(number)]
             self._lent.update(dict.fromkeys(slots))
             return slots

@@ -15,7 +15,7 @@ class SubmitRequest(_message.Message):
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "attempt", "tenant", "prompt", "emitted", "max_tokens", "sampling", "stop_token_ids", "ignore_eos", "deadline_ms", "keys", "age", "policy")
+    __slots__ = ("id", "attempt", "tenant", "prompt", "emitted", "max_tokens", "sampling", "stop_token_ids", "ignore_eos", "deadline_ms", "keys", "age", "policy", "logprobs", "cache_salt")
     ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,8 @@ class Job(_message.Message):
     KEYS_FIELD_NUMBER: _ClassVar[int]
     AGE_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     id: str
     attempt: int
     tenant: str
@@ -42,7 +44,9 @@ class Job(_message.Message):
     keys: bytes
     age: float
     policy: str
-    def __init__(self, id: _Optional[str] = ..., attempt: _Optional[int] = ..., tenant: _Optional[str] = ..., prompt: _Optional[bytes] = ..., emitted: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., deadline_ms: _Optional[int] = ..., keys: _Optional[bytes] = ..., age: _Optional[float] = ..., policy: _Optional[str] = ...) -> None: ...
+    logprobs: int
+    cache_salt: str
+    def __init__(self, id: _Optional[str] = ..., attempt: _Optional[int] = ..., tenant: _Optional[str] = ..., prompt: _Optional[bytes] = ..., emitted: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., deadline_ms: _Optional[int] = ..., keys: _Optional[bytes] = ..., age: _Optional[float] = ..., policy: _Optional[str] = ..., logprobs: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "seed")
@@ -83,12 +87,18 @@ class Accepted(_message.Message):
     def __init__(self, worker: _Optional[str] = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("first_index", "ids")
+    __slots__ = ("first_index", "ids", "logprobs", "top_ids", "top_logprobs")
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     first_index: int
     ids: bytes
-    def __init__(self, first_index: _Optional[int] = ..., ids: _Optional[bytes] = ...) -> None: ...
+    logprobs: bytes
+    top_ids: bytes
+    top_logprobs: bytes
+    def __init__(self, first_index: _Optional[int] = ..., ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("state", "computed", "total", "waits_for")

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -31,6 +32,8 @@ from kvbank.workers.models.linear import arithmetic
 from kvbank.workers.seams import Bank, spill_all
 from kvbank.workers.shard import LocalShard, Model, Shelf
 from kvbank.workers.weights import load_weights
+
+ROOTS = 1024                                 # root keys kept: callers choose salts, and a root takes microseconds to make
 
 
 def layer_range(num_layers: int, shard: int, shards: int) -> range:
@@ -111,14 +114,12 @@ def build_model(config: WorkerConfig, spec: ModelConfig, layers: range) -> Model
 def root_keys(
     secret: bytes, digest: str, layout: Layout, config: WorkerConfig
 ) -> Callable[[str], BlockKey]:
-    """tenant -> root of its key chains."""
-    roots: dict[str, BlockKey] = {}
+    """JobSpec.key_space -> root of its key chains."""
     numerics = numerics_id(config) if config.exactness == "bitwise" else ""
 
-    def root_of(tenant: str) -> BlockKey:
-        if tenant not in roots:
-            roots[tenant] = BlockKey(root_key(secret, tenant=tenant, model_digest=digest, layout=layout, numerics=numerics))
-        return roots[tenant]
+    @lru_cache(maxsize=ROOTS)
+    def root_of(key_space: str) -> BlockKey:
+        return BlockKey(root_key(secret, tenant=key_space, model_digest=digest, layout=layout, numerics=numerics))
 
     return root_of
 

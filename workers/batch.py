@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from kvbank.workers.sampler import SamplingParams
+from kvbank.workers.sampler import Logprobs, SamplingParams
 
 PAD_ROWS = 8                                 # under `bitwise`: rows are padded so that every GEMM has one shape per row
 FEW_ROWS = 64                                # above it always: a row count never seen costs up to 1.7 ms per product
@@ -34,7 +34,7 @@ class PlannedRows:
     local: tuple[tuple[int, int], ...]       # (span index, slot)
     remote: tuple[tuple[int, int], ...] = () # (span index, span uid)
     host: tuple[tuple[int, int], ...] = ()   # (span index, span uid)
-    tenant: str = ""                         # whose sequence it is: part of every key, and of the canary's KV
+    tenant: str = ""                         # whose sequence it is, with its salt: part of every key, and of the canary's KV
 
     @property
     def num_rows(self) -> int:
@@ -48,6 +48,7 @@ class Draw:
     row: int
     params: SamplingParams
     position: int
+    logprobs: int | None = None              # tell its log-probability and so many likely tokens; None: do not
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class StepPlan:
 
     def pack(self) -> bytes:
         """For the other shards. `unpack(plan.pack()) == plan`."""
-        draws = [(d.row, d.params.temperature, d.params.top_p, d.params.top_k, d.params.seed, d.position)
+        draws = [(d.row, d.params.temperature, d.params.top_p, d.params.top_k, d.params.seed, d.position, d.logprobs)
                  for d in self.draws]
         rows = [(r.first_row, r.start, r.stop, r.local, r.remote, r.host, r.tenant) for r in self.rows]
         arrays = (self.token_ids.tobytes(), self.positions.tobytes(), self.slot_mapping.tobytes())
@@ -81,8 +82,8 @@ def unpack(data: bytes) -> StepPlan:
     return StepPlan(
         step, arrays[0], arrays[1], arrays[2],
         rows=tuple(PlannedRows(*row) for row in rows),
-        draws=tuple(Draw(row, SamplingParams(temperature=t, top_p=p, top_k=k, seed=seed), position)
-                    for row, t, p, k, seed, position in draws),
+        draws=tuple(Draw(row, SamplingParams(temperature=t, top_p=p, top_k=k, seed=seed), position, logprobs)
+                    for row, t, p, k, seed, position, logprobs in draws),
     )
 
 
@@ -95,6 +96,7 @@ class StepResult:
     logits: Any = None                       # [draws, vocab] float32, only when asked for
     remote_calls: int = 0
     forward_s: float = 0.0                   # inside the model and attention
+    logprobs: tuple[Logprobs | None, ...] = ()     # one per draw; empty when no draw asked
 
 
 class PlanBuilder:
@@ -114,6 +116,7 @@ class PlanBuilder:
     def add(
         self, token_ids: Sequence[int], start: int, local: list[tuple[int, int]], *,
         remote: list[tuple[int, int]], host: list[tuple[int, int]], draw: SamplingParams | None, tenant: str = "",
+        logprobs: int | None = None,
     ) -> None:
         """Rows for tokens at positions start.. of one sequence; `draw`: sample what follows the last of them."""
         stop, span = start + len(token_ids), self._span_tokens
@@ -123,7 +126,7 @@ class PlanBuilder:
         self._positions.extend(range(start, stop))
         self._mapping.extend(slot_of[p // span] * span + p % span for p in range(start, stop))
         if draw is not None:
-            self._draws.append(Draw(len(self._tokens) - 1, draw, stop))
+            self._draws.append(Draw(len(self._tokens) - 1, draw, stop, logprobs))
 
     def build(self) -> StepPlan:
         pad = self._pad or len(self._tokens) > FEW_ROWS

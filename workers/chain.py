@@ -28,6 +28,7 @@ import torch
 
 from kvbank.kvstore.layout import BlockKey, SlotId
 from kvbank.kvstore.span_table import Span
+from kvbank.kvstore.transport.badge import Badge
 from kvbank.workers.batch import StepPlan, StepResult
 from kvbank.workers.chain_frames import (
     Ask,
@@ -47,6 +48,7 @@ from kvbank.workers.chain_frames import (
     Unpark,
     Want,
     placed,
+    unpack_logprobs,
 )
 from kvbank.workers.chain_link import LeadLink, LinkBroken, Onward
 from kvbank.workers.seams import BackendLost, BankEvent
@@ -71,13 +73,13 @@ class Chain:
     """Fills workers.seams.Backend. Engine thread only."""
 
     def __init__(
-        self, local: LocalShard, shards: int, *, token: str, likeness: tuple[tuple[str, str], ...],
+        self, local: LocalShard, shards: int, *, badge: Badge | str, likeness: tuple[tuple[str, str], ...],
         find: Callable[[int], str | None], wake: Callable[[], None], timings: ChainTimings | None = None,
     ) -> None:
         """find: the address of shard 1 .. shards-1 now, None when it is not there. wake: there is something to poll.
         likeness: what every shard must have alike."""
         self.local, self.shards = local, shards
-        self._token, self._likeness, self._find, self._wake = token, likeness, find, wake
+        self._badge, self._likeness, self._find, self._wake = badge, likeness, find, wake
         self.timings = timings or ChainTimings()
         self.homes: dict[int, SlotId] = {}               # lent spans that are home here but not on every shard yet
         self.on_lost: Callable[[dict[int, set[int]]], None] = lambda lost: None     # in a step: uid -> its losers
@@ -214,6 +216,7 @@ class Chain:
             mine.forward_s += result.forward_s
             mine.remote_calls += result.remote_calls
             mine.tokens = list(result.tokens)              # of the last one in the end
+            mine.logprobs = unpack_logprobs(result.logprobs, len(plan.draws))
             for uid, why in result.lost:
                 mine.lost[uid] = why if why == "tainted" else mine.lost.get(uid, why)     # the worst of all
                 lost.setdefault(uid, set()).add(link.shard)
@@ -278,7 +281,7 @@ class Chain:
                     raise LinkBroken(f"shard {link.shard} is not there")
                 made.append(link)
                 hello = Hello(chain, link.shard, self._likeness, next_address)
-                link.open(address, self._token, hello, timeout_s=deadline - time.monotonic())
+                link.open(address, self._badge, hello, timeout_s=deadline - time.monotonic())
                 next_address = address
         except LinkBroken:
             for link in made:
@@ -286,7 +289,7 @@ class Chain:
             raise
         for link in self.links:
             link.begin()
-        self._onward = Onward(next_address, self._token, chain, on_end=self._wake)
+        self._onward = Onward(next_address, self._badge, chain, on_end=self._wake)
 
     def _reset(self) -> None:
         """Streams closed, nothing promised: the next step connects anew."""

@@ -24,6 +24,7 @@ from kvbank.kvstore.span_table import Span
 from kvbank.kvstore.transport.rpc import PIECE_BYTES
 from kvbank.workers import seams
 from kvbank.workers.batch import PlannedRows, StepPlan
+from kvbank.workers.sampler import Logprobs
 from kvbank.workers.seams import BankEvent, Move
 
 LEAD, ACTIVATE = "/kvbank.Shard/Lead", "/kvbank.Shard/Activate"
@@ -215,7 +216,8 @@ class Logits:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """tokens: one per draw on the last shard, empty on the others. lost: (uid, why)."""
+    """tokens: one per draw on the last shard, empty on the others. lost: (uid, why). logprobs: one per draw that asked, as
+    (index of the draw, its log-probability, ids of likely tokens, theirs)."""
 
     step: int
     tokens: tuple[int, ...]
@@ -223,6 +225,7 @@ class Result:
     remote_calls: int
     forward_s: float
     parkable: int
+    logprobs: tuple[tuple[int, float, tuple[int, ...], tuple[float, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +295,24 @@ def unpack_event(values: tuple[Any, ...]) -> tuple[int, BankEvent]:
         return int(values[0]), _EVENTS[values[1]](*values[2:])
     except (KeyError, TypeError, IndexError, ValueError):
         raise ChainFormatError("not a bank event") from None
+
+
+def pack_logprobs(told: Sequence[Logprobs | None]) -> tuple[tuple[int, float, tuple[int, ...], tuple[float, ...]], ...]:
+    """Of a step, for its Result."""
+    return tuple((at, each.drawn, each.top_ids, each.top) for at, each in enumerate(told) if each is not None)
+
+
+def unpack_logprobs(packed: Sequence[Any], draws: int) -> tuple[Logprobs | None, ...]:
+    """One per draw; empty when none asked. Raises ChainFormatError."""
+    if not packed:
+        return ()
+    told: list[Logprobs | None] = [None] * draws
+    try:
+        for at, drawn, ids, values in packed:
+            told[at] = Logprobs(drawn, ids, values)
+    except (TypeError, ValueError, IndexError):
+        raise ChainFormatError("not log-probabilities") from None
+    return tuple(told)
 
 
 def pack_moves(moves: Sequence[Move]) -> tuple[tuple[int, int, tuple[bytes, ...], bytes, bytes], ...]:

@@ -16,6 +16,7 @@ import grpc
 from torch import Tensor
 
 from kvbank.kvstore.transport import rpc
+from kvbank.kvstore.transport.badge import Badge
 from kvbank.kvstore.transport.links import Outbox
 from kvbank.workers.chain_frames import (
     ACTIVATE,
@@ -65,11 +66,11 @@ class LeadLink:
         self._channel: grpc.Channel | None = None
         self._call: Any = None
 
-    def open(self, address: str, token: str, hello: Hello, *, timeout_s: float) -> None:
+    def open(self, address: str, badge: Badge | str, hello: Hello, *, timeout_s: float) -> None:
         """Connect and wait until the shard is ready. Raises LinkBroken; then this link is of no use any more."""
         self._outbox = Outbox(OUTBOX_LIMIT)
         self._outbox.put(pack(hello))
-        self._channel = rpc.channel(address, token)
+        self._channel = rpc.channel(address, badge)
         self._call = self._channel.stream_stream(LEAD)(iter(self._outbox))     # type: ignore[arg-type]
         threading.Thread(target=self._read, args=(self._call,), name=f"lead-{self.shard}", daemon=True).start()
         ready = self.answer(Ready, timeout_s=timeout_s)
@@ -169,12 +170,12 @@ class LeadLink:
 class Onward:
     """A shard's stream to the next one: hidden states, one way."""
 
-    def __init__(self, address: str, token: str, chain: bytes, *, on_end: Callable[[], None]) -> None:
+    def __init__(self, address: str, badge: Badge | str, chain: bytes, *, on_end: Callable[[], None]) -> None:
         """on_end: called once from a thread of its own when the stream ended, whoever ended it."""
         self._outbox = Outbox(OUTBOX_LIMIT)
         self._on_end = on_end
         self.broken = False
-        self._channel = rpc.channel(address, token)
+        self._channel = rpc.channel(address, badge)
         self._call: Any = self._channel.stream_stream(ACTIVATE)(
             iter(self._outbox), metadata=((CHAIN_KEY, chain.hex()),))          # type: ignore[arg-type]
         threading.Thread(target=self._read, name="activate-out", daemon=True).start()

@@ -25,6 +25,7 @@ from kvbank.kvstore.store import BlockStore
 from kvbank.kvstore.vault import Vault
 from kvbank.workers.config import WorkerConfig
 from kvbank.workers.room import Room
+from kvbank.workers.sampler import Logprobs
 from kvbank.workers.scheduler import Outcome, Scheduler
 from kvbank.workers.seams import Backend, BackendLost, Bank, Fetcher, NoBank, NoFetcher
 from kvbank.workers.sequence import JobSpec, Sequence, Tally
@@ -39,6 +40,7 @@ class Token:
     job: str
     index: int
     token: int
+    logprobs: Logprobs | None = None         # when the job asked for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +208,8 @@ class Engine:
     # -- output ------------------------------------------------------------------------------------------------------
 
     def _events(self, outcome: Outcome) -> list[EngineEvent]:
-        events: list[EngineEvent] = [Token(seq.job.id, seq.num_output - 1, token) for seq, token in outcome.tokens]
+        events: list[EngineEvent] = [Token(drawn.seq.job.id, drawn.seq.num_output - 1, drawn.token, drawn.logprobs)
+                                     for drawn in outcome.tokens]
         for seq, reason in outcome.finished:
             self._jobs.pop(seq.job.id, None)
             events.append(Finished(seq.job.id, reason, seq.tally))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvbank.kvstore.layout import BlockKey, SlotId
+from kvbank.kvstore.transport.badge import Badge
 from kvbank.workers.batch import StepPlan, StepResult
 from kvbank.workers.batch import unpack as unpack_plan
 from kvbank.workers.chain_frames import (
@@ -50,6 +51,7 @@ from kvbank.workers.chain_frames import (
     Step,
     Unpark,
     Want,
+    pack_logprobs,
     unpack_span,
 )
 from kvbank.workers.chain_link import LinkBroken, Onward
@@ -78,14 +80,14 @@ class Follower:
     """One per member with shard > 0. `run` is its thread."""
 
     def __init__(
-        self, shard: LocalShard, number: int, shards: int, *, hidden_size: int, token: str,
+        self, shard: LocalShard, number: int, shards: int, *, hidden_size: int, badge: Badge | str,
         likeness: tuple[tuple[str, str], ...], bank: ShardBank, fetcher: Fetcher | None = None,
     ) -> None:
         """likeness: what the leader must have alike. bank: this shard's own; its events are polled between commands.
         fetcher: of this shard's tiers, where it has some."""
         self.shard, self.number, self.last = shard, number, number == shards - 1
         self._size, self._dtype = hidden_size, getattr(torch, shard.layout.dtype)
-        self._token, self._likeness = token, likeness
+        self._badge, self._likeness = badge, likeness
         self.service = ShardService()
         self.counters = FollowerCounters()
         self.books = Books(shard.arena.num_slots, 0)
@@ -171,7 +173,7 @@ class Follower:
             raise SessionOver(f"shard {self.number} has {name} {mine.get(name)}, the leader {theirs.get(name)} "
                               f"for its shard {hello.shard}")
         if not self.last:
-            self._onward = Onward(hello.next_address, self._token, hello.chain,
+            self._onward = Onward(hello.next_address, self._badge, hello.chain,
                                   on_end=lambda: self.service.arrivals.put((session, None)))
         session.chain = hello.chain
         self.service.current = session
@@ -227,7 +229,7 @@ class Follower:
                 session.send(Logits(plan.step, row.numpy().tobytes()))
         lost = tuple((self.loans.theirs(uid), why) for uid, why in result.lost.items())
         session.send(Result(plan.step, tuple(result.tokens), lost, result.remote_calls, result.forward_s,
-                            self.shard.parkable()))
+                            self.shard.parkable(), pack_logprobs(result.logprobs)))
         self.counters.steps += 1
         self.counters.rows += plan.num_rows
         self.counters.forward_s += result.forward_s

@@ -55,7 +55,7 @@ class FollowerWorker(Worker):
         self.borrower.connect(self.banker)
         self.follower = Follower(
             self.parts.shard, config.shard, config.shards, hidden_size=self.parts.model.hidden_size,
-            token=self.config["token"], likeness=likeness(self), bank=self.borrower,
+            badge=self.badge, likeness=likeness(self), bank=self.borrower,
             fetcher=self._fetcher)
 
     def stop(self) -> None:

@@ -20,7 +20,7 @@ from kvbank.errors import Cancelled, InvalidRequest, KVBankError, TooLong, Unava
 from kvbank.kvstore.layout import BlockKey
 from kvbank.proto import jobs_pb2 as pb
 from kvbank.workers.engine import Engine, EngineEvent, Failed, Finished, Token
-from kvbank.workers.sampler import SamplingParams
+from kvbank.workers.sampler import MAX_LOGPROBS, SamplingParams
 from kvbank.workers.seams import BackendLost
 from kvbank.workers.sequence import JobSpec, Tally
 
@@ -122,15 +122,14 @@ class JobsService:
                 yield self._progress(spec)
                 continue
             if isinstance(event, Token):
-                ids = [event.token]
-                first = event.index
+                tokens = [event]
                 while not waiting.empty():           # one message for all that is there
                     event = waiting.get()
                     if not isinstance(event, Token):
                         break
-                    ids.append(event.token)
-                outputs = first + len(ids)
-                yield pb.SubmitReply(tokens=pb.Tokens(first_index=first, ids=array("i", ids).tobytes()))
+                    tokens.append(event)
+                outputs = tokens[0].index + len(tokens)
+                yield pb.SubmitReply(tokens=_tokens(tokens))
             if isinstance(event, Finished):
                 yield pb.SubmitReply(done=pb.Done(finish_reason=event.reason, receipt=self._receipt(event.tally, spec, outputs)))
                 return
@@ -178,6 +177,8 @@ def job_spec(job: pb.Job, name: str, vocab_size: int) -> JobSpec:
         raise InvalidRequest(f"policy {job.policy!r} is not known here; use 'exact'")
     if len(job.keys) % 32:
         raise InvalidRequest(f"{len(job.keys)} bytes of block keys are not a whole number of 32-byte keys")
+    if "\0" in job.tenant:
+        raise InvalidRequest("a tenant has no NUL in its name")
     s = job.sampling
     return JobSpec(
         id=name, prompt=prompt, emitted=emitted, max_tokens=job.max_tokens,
@@ -185,7 +186,19 @@ def job_spec(job: pb.Job, name: str, vocab_size: int) -> JobSpec:
         stop_token_ids=frozenset(job.stop_token_ids), ignore_eos=job.ignore_eos, tenant=job.tenant or "default",
         deadline_s=job.deadline_ms / 1e3 if job.deadline_ms else None, age=job.age,
         keys=tuple(BlockKey(job.keys[i : i + 32]) for i in range(0, len(job.keys), 32)),
+        cache_salt=job.cache_salt, logprobs=min(job.logprobs, MAX_LOGPROBS) if job.HasField("logprobs") else None,
     )
+
+
+def _tokens(events: list[Token]) -> pb.Tokens:
+    """Consecutive tokens of one job as the wire has them."""
+    message = pb.Tokens(first_index=events[0].index, ids=array("i", [event.token for event in events]).tobytes())
+    told = [event.logprobs for event in events if event.logprobs is not None]
+    if len(told) == len(events):
+        message.logprobs = array("f", [each.drawn for each in told]).tobytes()
+        message.top_ids = array("i", [token for each in told for token in each.top_ids]).tobytes()
+        message.top_logprobs = array("f", [value for each in told for value in each.top]).tobytes()
+    return message
 
 
 def _ids(data: bytes) -> list[int]:

@@ -56,13 +56,15 @@ def build_leader(worker: ModelWorker) -> Leader:
     host = HostTier(worker.settings["host_bytes"]) if worker.settings["host_bytes"] else None
     store = open_store(worker, layout, host)
     parts = build_shard(config, host=host, shelf=store, model=model)
-    chain = Chain(parts.shard, config.shards, token=worker.config["token"], likeness=likeness(worker),
+    chain = Chain(parts.shard, config.shards, badge=worker.badge, likeness=likeness(worker),
                   find=worker.find_shard, wake=wake) if config.shards > 1 else None
     backend = chain or parts.shard
     fetcher = TierFetcher(
         store, parts.shard.load, staging_bytes=config.staging_spans * layout.slot_bytes, wait_s=config.fetch_wait_s,
         clock=time.monotonic, wake=wake) if store else None
+    share = worker.settings["tenant_share"]
     vault = Vault(config.num_slots, blocks_per_span=parts.layout.blocks_per_span, lend_cap=worker.lend_cap(),
+                  guarantee=int(share * config.num_slots) if share else 0,
                   on_evict=spill_all(backend, layout.blocks_per_span), on_scrub=backend.scrub)
     book = DebtBook(worker.boot, timings=worker.timings)
     borrower = Borrower(parts.arena, parts.layout.slot_bytes, timings=worker.timings, wake=wake, lenders=worker.lenders,

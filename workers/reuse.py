@@ -29,7 +29,7 @@ class Reuse:
         self, vault: Vault, backend: Backend, bank: Bank, fetcher: Fetcher, *,
         root_of: Callable[[str], BlockKey], block_size: int, span_tokens: int, window: int | None,
     ) -> None:
-        """root_of: tenant -> root key. window: the widest one when every layer has one, else None."""
+        """root_of: JobSpec.key_space -> root key. window: the widest one when every layer has one, else None."""
         self._vault, self._backend, self._bank, self._fetcher = vault, backend, bank, fetcher
         self._root_of = root_of
         self._block, self._span, self._window = block_size, span_tokens, window
@@ -98,7 +98,7 @@ class Reuse:
             done = len(seq.keys)
         full = seq.num_tokens // self._block
         if full > done:
-            root = self._root_of(seq.job.tenant)
+            root = self._root_of(seq.job.key_space)
             parent = seq.keys[-1] if done else None
             seq.keys += block_keys(root, seq.token_ids[done * self._block : full * self._block], self._block, parent=parent)
 
@@ -167,7 +167,7 @@ class Reuse:
                 first, last = block * self._block, (block + 1) * self._block
                 if block >= len(seq.keys) or seq.table.holes.overlap(first, last):
                     break
-                parent = seq.keys[block - 1] if block else self._root_of(seq.job.tenant)
+                parent = seq.keys[block - 1] if block else self._root_of(seq.job.key_space)
                 self._vault.index.publish(span, seq.keys[block], seq.token_bytes(first, last), parent)
 
     def _note_tail(self, seq: Sequence, index: int, span: Span) -> None:
@@ -204,7 +204,7 @@ class Reuse:
         start, stop = index * self._span, index * self._span + hit.blocks * self._block
         try:                                   # held until copied: neither our own slot nor a loan may evict it
             if mine is None:
-                (mine,) = self._vault.new_spans(1)
+                (mine,) = self._vault.new_spans(1, seq.owner)
                 seq.table.put(index, mine)
             assert hit.span.slot is not None and mine.slot is not None
             self._backend.copy_tokens(hit.span.slot, mine.slot, hole - start, stop - start)
@@ -241,7 +241,7 @@ class Reuse:
         if state == "here":
             mine = seq.table.at(index)
             if mine is None:
-                (mine,) = self._vault.new_spans(1)
+                (mine,) = self._vault.new_spans(1, seq.owner)
                 seq.table.put(index, mine)
             assert mine.slot is not None
             source = self._fetcher.load(seq.job.id, key, mine.slot, hole - start)

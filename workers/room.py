@@ -358,7 +358,7 @@ class Room:
             self._bank.settle([event.uid], keep=False)
             return
         try:
-            (slot,) = self._vault.take_slots(1)
+            (slot,) = self._vault.take_slots(1, span.owner)
         except OutOfSlots:
             self.lose(event.uid, f"recalled_{event.why.lower()}")
             self._bank.settle([event.uid], keep=False)
@@ -379,7 +379,7 @@ class Room:
                 first = group - self._bps
                 tokens = seq.token_bytes(first * seq.block_size, group * seq.block_size)
                 span = Span(slot=None, place=REMOTE, keys=seq.keys[first:group], tokens=tokens, lender=event.lender,
-                            uid=event.uid, parent=seq.keys[first - 1] if first else b"")
+                            uid=event.uid, parent=seq.keys[first - 1] if first else b"", owner=seq.owner)
                 self.away[event.uid] = span
                 seq.adopted[event.key] = span
                 seq.tally.lenders.setdefault(event.lender)

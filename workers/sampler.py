@@ -2,7 +2,8 @@
 
 So a job gives the same tokens alone, batched, resumed on another worker or replayed. The noise comes from a
 counter-based generator (Philox 4x64, Salmon et al. 2011) keyed by (seed, position): no state to carry, nothing to lose.
-Sampling is Gumbel-max over the tokens that top-k and top-p leave. Knows nothing of jobs, stop strings or shards.
+Sampling is Gumbel-max over the tokens that top-k and top-p leave. Log-probabilities are the model's own: before temperature,
+top-k and top-p. Knows nothing of jobs, stop strings or shards.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kvbank.errors import InvalidRequest, ModelError
 
 SEED_LIMIT = 1 << 63                         # seeds travel as signed 64-bit integers
 MAX_TEMPERATURE = 100                        # far beyond any use: all tokens are equally likely there
+MAX_LOGPROBS = 20                            # likely tokens told beside each drawn one
 FIRST_LOOK = 1024                            # top-p tries this many likely tokens before it sorts the whole vocabulary
 
 
@@ -41,6 +44,15 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Of one drawn token: its natural log-probability, and the likeliest tokens (on a tie the lowest id) with theirs."""
+
+    drawn: float
+    top_ids: tuple[int, ...] = ()
+    top: tuple[float, ...] = ()
 
 
 class BadLogits(ModelError):
@@ -89,6 +101,45 @@ def _largest(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
         return values[np.arange(len(ids)), ids], ids
     best, where = logits.max(dim=-1)
     return best.float().cpu().numpy(), where.cpu().numpy()
+
+
+def logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int | None]) -> tuple[Logprobs | None, ...]:
+    """Log-probabilities of drawn tokens under the softmax of their logits, as `torch.log_softmax` of float32 gives them.
+
+    logits:  [R, vocab], any float dtype and device; left as it is
+    tokens:  one per row; a negative one (its logits were not usable) gets None
+    counts:  how many of the likeliest tokens to tell as well, 0 to MAX_LOGPROBS; None: nothing of this row
+    """
+    rows = [row for row, count in enumerate(counts) if count is not None and tokens[row] >= 0]
+    told: list[Logprobs | None] = [None] * len(counts)
+    if not rows:
+        return tuple(told)
+    every = logits[torch.tensor(rows, device=logits.device)].float().log_softmax(dim=-1)
+    drawn = every.gather(1, torch.tensor([[tokens[row]] for row in rows], device=every.device)).squeeze(1).tolist()
+    wanted = [min(counts[row] or 0, every.shape[1]) for row in rows]
+    likely = _likeliest(every, max(wanted))
+    for at, (row, count) in enumerate(zip(rows, wanted, strict=True)):
+        ids, values = likely[at]
+        told[row] = Logprobs(drawn[at], tuple(ids[:count].tolist()), tuple(values[:count].tolist()))
+    return tuple(told)
+
+
+def _likeliest(values: Tensor, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, values) of each row's `count` largest. topk alone may take any of several that tie: which one would differ
+    from machine to machine, so all that reach its last value are looked at."""
+    if not count:
+        return [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(values)
+    floor = values.topk(count, dim=-1).values[:, -1:]
+    found = (values >= floor).nonzero()
+    kept = values[found[:, 0], found[:, 1]].cpu().numpy()
+    where = found.cpu().numpy()
+    likely = []
+    for row in range(len(values)):
+        mine = where[:, 0] == row
+        ids, near = where[mine, 1], kept[mine]
+        order = np.lexsort((ids, -near))[:count]
+        likely.append((ids[order], near[order]))
+    return likely
 
 
 def gumbel_noise(seed: int, position: int, vocab_size: int, tokens: np.ndarray | None = None) -> np.ndarray:

@@ -22,6 +22,7 @@ from kvbank.workers.batch import PlanBuilder, StepPlan, StepResult
 from kvbank.workers.config import WorkerConfig
 from kvbank.workers.reuse import Reuse
 from kvbank.workers.room import Room
+from kvbank.workers.sampler import Logprobs
 from kvbank.workers.seams import Backend, Bank, Fetcher
 from kvbank.workers.sequence import DONE, RUNNING, WAITING, JobSpec, Sequence
 
@@ -30,11 +31,20 @@ OUTRANKED_STALLS = 20                        # a job waits so many stall_s for o
 GIVE_WAY_S = 1.0                             # younger jobs keep out of the way so long after an older one elsewhere asked
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One new token of a job."""
+
+    seq: Sequence
+    token: int
+    logprobs: Logprobs | None
+
+
 @dataclass(slots=True)
 class Outcome:
     """What a step did to the jobs."""
 
-    tokens: list[tuple[Sequence, int]] = field(default_factory=list)      # one new token each
+    tokens: list[Drawn] = field(default_factory=list)
     finished: list[tuple[Sequence, str]] = field(default_factory=list)    # (sequence, finish reason)
     failed: list[tuple[Sequence, KVBankError]] = field(default_factory=list)
 
@@ -149,7 +159,8 @@ class Scheduler:
     def absorb(self, plan: StepPlan, result: StepResult, now: float) -> Outcome:
         """Apply a step's result. Rows that read a lost span are dropped; nothing is rewound, they are computed again."""
         outcome = Outcome()
-        tokens = {draw.row: token for draw, token in zip(plan.draws, result.tokens, strict=True)}
+        told = result.logprobs or (None,) * len(plan.draws)
+        tokens = {draw.row: (token, each) for draw, token, each in zip(plan.draws, result.tokens, told, strict=True)}
         for seq, rows in zip(self.planned, plan.rows, strict=True):
             if seq.state != RUNNING:
                 continue
@@ -159,9 +170,8 @@ class Scheduler:
                 seq.tally.remote_attention_calls += result.remote_calls
             seq.note_away(len(rows.remote), len(rows.host))
             self._computed(seq, rows.start, rows.stop, now)
-            token = tokens.get(rows.first_row + rows.num_rows - 1)
-            if token is not None:
-                self._sampled(seq, token, outcome, now)
+            if (drawn := tokens.get(rows.first_row + rows.num_rows - 1)) is not None:
+                self._sampled(Drawn(seq, *drawn), outcome, now)
         for uid, reason in result.lost.items():
             self.room.lose(uid, reason)
         for seq, _ in outcome.finished:
@@ -230,7 +240,8 @@ class Scheduler:
             [(i, s.slot) for i, s in live if s.place == LOCAL and s.slot is not None],
             remote=[(i, s.uid) for i, s in live if s.place == REMOTE and i * self._span < start],
             host=[(i, s.uid) for i, s in live if s.place == HOST and i * self._span < start],
-            draw=seq.job.sampling if stop == seq.num_tokens else None, tenant=seq.job.tenant,
+            draw=seq.job.sampling if stop == seq.num_tokens else None, tenant=seq.job.key_space,
+            logprobs=seq.job.logprobs,
         )
         self.planned.append(seq)
         self._lend_ahead(seq, stop)
@@ -256,7 +267,7 @@ class Scheduler:
             if seq.table.at(index) is not None:
                 continue
             try:
-                (span,) = self.vault.new_spans(1)
+                (span,) = self.vault.new_spans(1, seq.owner)
             except OutOfSlots:                          # also when a lending thread was faster
                 return max(start, index * self._span)
             seq.table.put(index, span)
@@ -284,7 +295,8 @@ class Scheduler:
         if self._window is not None:
             self._release_behind_window(seq)
 
-    def _sampled(self, seq: Sequence, token: int, outcome: Outcome, now: float) -> None:
+    def _sampled(self, drawn: Drawn, outcome: Outcome, now: float) -> None:
+        seq, token = drawn.seq, drawn.token
         if token < 0:
             outcome.failed.append((seq, KVBankError("the model produced no finite logits for this job")))
             self.room.spoil(seq)                        # nobody shall find what it was made from
@@ -293,7 +305,7 @@ class Scheduler:
         seq.append(token)
         if seq.tally.first_token_at is None:
             seq.tally.first_token_at = now
-        outcome.tokens.append((seq, token))
+        outcome.tokens.append(drawn)
         if (reason := seq.finish_reason(self._eos_ids)) is not None:
             outcome.finished.append((seq, reason))
 

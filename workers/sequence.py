@@ -35,6 +35,13 @@ class JobSpec:
     deadline_s: float | None = None          # seconds from now
     age: float = 0.0                         # admission stamp: smaller is older
     keys: tuple[BlockKey, ...] = ()          # of the prompt's full blocks, when the gateway hashed them
+    cache_salt: str = ""                     # jobs of other salts, or of none, share no KV with this one
+    logprobs: int | None = None              # tell each token's log-probability and so many likely tokens; None: do not
+
+    @property
+    def key_space(self) -> str:
+        """What its block keys grow from, and who may use its KV: the tenant, and the salt behind a NUL, which no tenant has."""
+        return f"{self.tenant}\0{self.cache_salt}" if self.cache_salt else self.tenant
 
 
 @dataclass(slots=True)
@@ -78,6 +85,11 @@ class Sequence:
     def age(self) -> tuple[float, str]:
         """Orders jobs: the smaller is the older, and nobody is equal."""
         return (self.job.age, self.job.id)
+
+    @property
+    def owner(self) -> str:
+        """Whom its slots count against."""
+        return self.job.tenant
 
     @property
     def num_tokens(self) -> int:

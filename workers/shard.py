@@ -23,7 +23,7 @@ from kvbank.kvstore.tiers.host_tier import Held, HostTier
 from kvbank.kvstore.vault import Arena
 from kvbank.workers.attend import JoinedAttention
 from kvbank.workers.batch import PAD_ROWS, StepPlan, StepResult
-from kvbank.workers.sampler import BadLogits, sample
+from kvbank.workers.sampler import BadLogits, logprobs, sample
 
 
 class Model(Protocol):
@@ -98,7 +98,9 @@ class LocalShard:
             tokens = sample(logits, [draw.params for draw in plan.draws], [draw.position for draw in plan.draws])
         except BadLogits as bad:
             tokens = [-1 if token is None else token for token in bad.tokens]     # the scheduler fails those jobs alone
-        return StepResult(tokens, {}, logits=logits if keep_logits else None, remote_calls=calls)
+        wanted = [draw.logprobs for draw in plan.draws]
+        told = logprobs(logits, tokens, wanted) if any(count is not None for count in wanted) else ()
+        return StepResult(tokens, {}, logits=logits if keep_logits else None, remote_calls=calls, logprobs=told)
 
     # -- moving bytes ------------------------------------------------------------------------------------------------
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kvbank.cluster.config import is_loopback
 from kvbank.cluster.gateway import Gateway, GatewayLimits
-from kvbank.cluster.http.app import Front, HttpLimits, build_app
+from kvbank.cluster.http.app import Front, HttpLimits, build_app, error_body
 from kvbank.cluster.http.doors import LOOPBACK
+from kvbank.cluster.http.keyring import WATCH_S, HttpsCertificate, Keyring
 from kvbank.cluster.intake import Intake, ModelFacts
 from kvbank.cluster.job import TextStream
 from kvbank.cluster.links import Links
@@ -27,14 +29,17 @@ from kvbank.cluster.ops import Ops
 from kvbank.cluster.placement import choose_worker
 from kvbank.cluster.roster import Roster
 from kvbank.cluster.survey import Survey
-from kvbank.errors import ConfigError
+from kvbank.errors import ConfigError, InvalidRequest
 from kvbank.kvstore.hashing import block_keys, root_key
 from kvbank.kvstore.layout import Layout
+from kvbank.kvstore.transport.badge import Badge
 from kvbank.proto.control_pb2 import Member
 
 log = logging.getLogger(__name__)
 
 HEADERS_S = 10.0                     # a connection must send its first request's headers within this
+HEADER_BYTES = 32 << 10              # of one request; an endless head is hung up on, a long one answered 431
+HEADERS = 100
 MAX_CONNECTIONS = 2048
 FRAME_BYTES = 8192                   # what a parked span takes on the host beside its KV, at most
 
@@ -44,7 +49,7 @@ class GatewaySettings:
     """All that one gateway needs to know. `cache_secret` and `model_digest` must be the workers' own."""
 
     control: str                     # address of the control plane
-    token: str = field(repr=False)   # the cluster token
+    badge: Badge                     # what it shows to members
     model: str                       # the model folder: config.json and tokenizer.json are read
     cache_secret: bytes = field(repr=False)
     model_digest: str
@@ -58,32 +63,42 @@ class GatewaySettings:
     host: str = "127.0.0.1"
     port: int = 0
     api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    api_keys_file: str | None = None
+    tls_cert: str | None = None      # with tls_key: serve https
+    tls_key: str | None = None
+    names: tuple[str, ...] = ()      # host names that are answered to; empty: loopback ones, any with API keys
+    max_job_tokens: int | None = None # prompt and output of one job; None: as many as the model and the cluster hold
     http: HttpLimits = field(default_factory=HttpLimits)
     limits: GatewayLimits = field(default_factory=GatewayLimits)
 
     @classmethod
     def from_flat(
-        cls, flat: Mapping[str, Any], *, control: str, token: str, cache_secret: bytes, model_digest: str
+        cls, flat: Mapping[str, Any], *, control: str, badge: Badge, cache_secret: bytes, model_digest: str
     ) -> GatewaySettings:
         """From `cluster.config.Settings.flat()` and what the launcher made."""
         return cls(
-            control=control, token=token, model=flat["model"], cache_secret=cache_secret, model_digest=model_digest,
+            control=control, badge=badge, model=flat["model"], cache_secret=cache_secret, model_digest=model_digest,
             dtype=flat["dtype"], exactness=flat["exactness"], block_size=flat["block_size"],
             span_tokens=flat["span_tokens"], host_bytes=flat["host_bytes"], lend_cap=flat["lend_cap"],
             host=flat["host"], port=flat["port"], api_keys=dict(flat["api_keys"]),
-            http=HttpLimits(body_bytes=flat["max_body_bytes"]),
-            limits=GatewayLimits(max_jobs=flat["max_jobs"], retained_s=flat["keep_jobs_s"]),
+            api_keys_file=flat["api_keys_file"], tls_cert=flat["tls_cert"], tls_key=flat["tls_key"],
+            names=tuple(name.strip().lower() for name in flat["names"].split(",") if name.strip()),
+            http=HttpLimits(body_bytes=flat["max_body_bytes"]), max_job_tokens=flat["max_job_tokens"],
+            limits=GatewayLimits(max_jobs=flat["max_jobs"], retained_s=flat["keep_jobs_s"], tenant_jobs=flat["tenant_jobs"],
+                                 tenant_tokens_per_s=flat["tenant_tokens_per_s"]),
         )
 
 
 def build_gateway(settings: GatewaySettings) -> GatewayServer:
     """A gateway for a cluster whose control plane is up. Raises ModelError or ConfigError before it starts anything."""
     from kvbank.workers.detokenizer import TextStream as Detokenizer
+    from kvbank.workers.models.chat_template import load_chat_template
     from kvbank.workers.models.config_reader import read_config
     from kvbank.workers.models.tokenizer import load_tokenizer
+    from kvbank.workers.token_pieces import TokenPieces
 
     config = read_config(settings.model)
-    tokenizer = load_tokenizer(settings.model)
+    tokenizer, template = load_tokenizer(settings.model), load_chat_template(settings.model)
     layout = Layout(
         num_layers=config.num_layers, layer_first=0, layer_last=config.num_layers, kv_heads=config.num_kv_heads,
         head_dim=config.head_dim, span_tokens=settings.span_tokens, block_size=settings.block_size,
@@ -100,18 +115,30 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
     def encode(text: str, at_start: bool) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=at_start).ids)
 
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+    def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        return template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    keys_now = Keyring(Path(settings.api_keys_file)) if settings.api_keys_file else settings.api_keys
+    certificate = None
+    if settings.tls_cert is not None:
+        assert settings.tls_key is not None, "the settings were checked"
+        certificate = HttpsCertificate(Path(settings.tls_cert), Path(settings.tls_key))
+
     async def assemble() -> Assembly:
-        links = Links(settings.token)
+        links = Links(settings.badge)
         roster = Roster(links, settings.control)
 
-        def keys(tenant: str, prompt: bytes) -> bytes:
+        def keys(key_space: str, prompt: bytes) -> bytes:
             numerics = ""
             if settings.exactness == "bitwise":
                 named = {worker.numerics for worker in roster.workers()}
                 if len(named) != 1:
                     return b""                       # the worker hashes for itself
                 numerics = named.pop()
-            root = root_key(settings.cache_secret, tenant=tenant, model_digest=settings.model_digest, layout=layout,
+            root = root_key(settings.cache_secret, tenant=key_space, model_digest=settings.model_digest, layout=layout,
                             numerics=numerics)
             return b"".join(block_keys(root, prompt, settings.block_size))
 
@@ -132,14 +159,17 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
         )
         survey = Survey(roster, links, blocks_per_slot=layout.blocks_per_span)
         front = Front(
-            gateway=gateway, intake=Intake(facts, encode, capacity_tokens=capacity), limits=settings.http,
-            api_keys=settings.api_keys, hosts=(*LOOPBACK, settings.host), created=int(time.time()), status=survey.told,
-            borrowed=lambda: survey.borrowed, ops=Ops(roster, links),
+            gateway=gateway, limits=settings.http,
+            intake=Intake(facts, encode, capacity_tokens=capacity, decode=decode, render=render,
+                          max_job_tokens=settings.max_job_tokens, pieces=TokenPieces(tokenizer)),
+            api_keys=keys_now, hosts=settings.names or (*LOOPBACK, settings.host), named=bool(settings.names),
+            created=int(time.time()), status=survey.told, borrowed=lambda: survey.borrowed, ops=Ops(roster, links),
         )
         await roster.start()
         return Assembly(front, roster)
 
-    return GatewayServer(assemble, host=settings.host, port=settings.port, open_door=not settings.api_keys)
+    return GatewayServer(assemble, host=settings.host, port=settings.port, certificate=certificate,
+                         open_door=not settings.api_keys and not settings.api_keys_file)
 
 
 def capacity_tokens(
@@ -177,11 +207,12 @@ class Assembly:
 class GatewayServer:
     """Owns a thread, its event loop and the listening socket. `start` returns the address, `stop` gives all back."""
 
-    def __init__(self, assemble: Callable[[], Any], *, host: str, port: int, open_door: bool) -> None:
+    def __init__(self, assemble: Callable[[], Any], *, host: str, port: int, open_door: bool,
+                 certificate: HttpsCertificate | None = None) -> None:
         if open_door and not is_loopback(host):
             raise ConfigError(f"http.host {host} is not loopback and http.api_keys is empty: anyone could use it")
         self._assemble = assemble
-        self._host, self._port = host, port
+        self._host, self._port, self._certificate = host, port, certificate
         self._socket: socket.socket | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -205,7 +236,8 @@ class GatewayServer:
     def address(self) -> str:
         assert self._socket is not None, "not started"
         host, port = self._socket.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if self._certificate is None else "https"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def stop(self, timeout_s: float = 4.0) -> None:
         """End all jobs, answer who still listens, and close. Safe to call twice."""
@@ -232,10 +264,15 @@ class GatewayServer:
         assembly: Assembly = await self._assemble()
         self.gateway = assembly.front.gateway
         config = uvicorn.Config(
-            build_app(assembly.front), http=_PatientProtocol, ws="none", lifespan="off", log_config=None,
+            _HeadLimit(build_app(assembly.front)), http=_PatientProtocol, ws="none", lifespan="off", log_config=None,
             access_log=False, server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=1,
-            limit_concurrency=MAX_CONNECTIONS,
+            limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=HEADER_BYTES,
         )
+        config.load()
+        renewing = None
+        if self._certificate is not None:
+            config.ssl = self._certificate.context
+            renewing = asyncio.ensure_future(_renew(self._certificate))
         self._server = _Uvicorn(config, self._ready)
         assert self._socket is not None
         serving = asyncio.ensure_future(self._server.serve(sockets=[self._socket]))
@@ -246,6 +283,14 @@ class GatewayServer:
         self._server.should_exit = True
         await serving
         leaving.cancel()
+        if renewing is not None:
+            renewing.cancel()
+
+
+async def _renew(certificate: HttpsCertificate) -> None:
+    while True:
+        await asyncio.sleep(WATCH_S)
+        certificate.renew()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -283,6 +328,29 @@ class _Uvicorn(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         self._up.set()
+
+
+class HeadTooLarge(InvalidRequest):
+    """A request has too many headers, or too long ones."""
+
+    http_status = 431
+
+
+class _HeadLimit:
+    """Refuses long heads before anything looks into them. The parser alone bounds only those that come in pieces."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            headers = scope["headers"]
+            size = sum(len(name) + len(value) for name, value in headers) + len(scope["raw_path"]) + len(scope["query_string"])
+            if len(headers) > HEADERS or size > HEADER_BYTES:
+                error = HeadTooLarge(f"a request may have {HEADERS} headers and {HEADER_BYTES} bytes of them and its address")
+                await JSONResponse(error_body(error), status_code=error.http_status)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class _PatientProtocol(H11Protocol):

@@ -19,6 +19,7 @@ import grpc
 
 from kvbank.kvstore.layout import Boot
 from kvbank.kvstore.transport import rpc
+from kvbank.kvstore.transport.badge import Badge
 
 log = logging.getLogger(__name__)
 
@@ -139,8 +140,8 @@ class HotLink:
 class Links:
     """All connections of one member. Thread-safe."""
 
-    def __init__(self, boot: Boot, token: str) -> None:
-        self.boot, self._token = boot, token
+    def __init__(self, boot: Boot, badge: Badge | str) -> None:
+        self.boot, self._badge = boot, badge
         self._lock = threading.Lock()
         self._address: dict[Boot, str] = {}
         self._channels: dict[str, grpc.Channel] = {}
@@ -215,12 +216,12 @@ class Links:
     def fresh_channel(self, boot: Boot) -> grpc.Channel | None:
         """A second connection, for a probe; the caller closes it."""
         address = self._address.get(boot)
-        return None if address is None else rpc.channel(address, self._token)
+        return None if address is None else rpc.channel(address, self._badge)
 
     def _method(self, boot: Boot, name: str) -> Callable[..., Any]:
         return self._channel(self._address[boot]).stream_stream(name)
 
     def _channel(self, address: str) -> grpc.Channel:
         if address not in self._channels:
-            self._channels[address] = rpc.channel(address, self._token)
+            self._channels[address] = rpc.channel(address, self._badge)
         return self._channels[address]

@@ -1,7 +1,8 @@
 """gRPC as every member of kvbank speaks it: one way to make a server, one way to make a channel.
 
-Settings follow docs/promises.md: keepalive agreed by both sides, no port sharing, bounded messages, and the cluster
-token checked before a request's body is parsed. Bulk and hot methods carry raw bytes: a handler without a serializer.
+Settings follow docs/promises.md: keepalive agreed by both sides, no port sharing, bounded messages, and the badge (cluster
+token, role of the certificate) checked before a request's body is parsed. Bulk and hot methods carry raw bytes: a handler
+without a serializer.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import hmac
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import grpc
 import grpc.aio
+
+from kvbank.kvstore.transport.badge import NAME, Badge
 
 TOKEN_KEY = "kvbank-token"
 MAX_MESSAGE_BYTES = 4 << 20
@@ -42,13 +46,14 @@ _CHANNEL = [
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.use_local_subchannel_pool", 1),
 ]
+_SECURE = [*_CHANNEL, ("grpc.ssl_target_name_override", NAME)]
 
 
-class TokenInterceptor(grpc.ServerInterceptor):
-    """Refuses a call without the cluster token before its body is read."""
+class Doorkeeper(grpc.ServerInterceptor):
+    """Refuses a call without the cluster token, or by a certificate of the wrong role, before its body is parsed."""
 
-    def __init__(self, token: str) -> None:
-        self._token = token.encode()
+    def __init__(self, badge: Badge) -> None:
+        self._badge, self._token = badge, badge.token.encode()
         self._refuse: Any = grpc.unary_unary_rpc_method_handler(_refuse)
 
     def intercept_service(
@@ -56,28 +61,58 @@ class TokenInterceptor(grpc.ServerInterceptor):
     ) -> Any:
         given = dict(details.invocation_metadata).get(TOKEN_KEY, "")
         raw = given if isinstance(given, bytes) else given.encode()
-        if hmac.compare_digest(raw, self._token):
-            return continuation(details)
-        return self._refuse
+        if not hmac.compare_digest(raw, self._token):
+            return self._refuse
+        handler, check = continuation(details), self._badge.check(details.method)
+        return handler if handler is None or check is None else _checked(handler, check)
 
 
 def _refuse(_request: Any, context: grpc.ServicerContext) -> None:
     context.abort(grpc.StatusCode.UNAUTHENTICATED, "unauthorized: the cluster token is missing or wrong")
 
 
-def server(token: str, *, threads: int = 32) -> grpc.Server:
-    """A gRPC server that knows the cluster token. Add handlers and a port, then start it."""
-    return grpc.server(
+def _checked(handler: Any, check: Callable[[grpc.ServicerContext], None]) -> Any:
+    """The same handler, with `check` between the bytes and their parser: who calls is known only in the call itself."""
+    parse = handler.request_deserializer
+    inner = (handler.stream_stream or handler.stream_unary) if handler.request_streaming else (
+        handler.unary_stream or handler.unary_unary)
+
+    def one(data: bytes, context: grpc.ServicerContext) -> Any:
+        check(context)
+        return inner(data if parse is None else parse(data), context)
+
+    def many(data: Iterator[bytes], context: grpc.ServicerContext) -> Any:
+        check(context)
+        return inner(data if parse is None else map(parse, data), context)
+
+    made: Any = {(False, False): grpc.unary_unary_rpc_method_handler, (False, True): grpc.unary_stream_rpc_method_handler,
+                 (True, False): grpc.stream_unary_rpc_method_handler, (True, True): grpc.stream_stream_rpc_method_handler}
+    return made[handler.request_streaming, handler.response_streaming](
+        many if handler.request_streaming else one, None, handler.response_serializer)
+
+
+def server(badge: Badge | str, *, threads: int = 32) -> grpc.Server:
+    """A gRPC server that asks for the badge. Add handlers and a port, then start it."""
+    made = grpc.server(
         futures.ThreadPoolExecutor(max_workers=threads, thread_name_prefix="grpc"),
-        interceptors=[TokenInterceptor(token)],
+        interceptors=[Doorkeeper(Badge.of(badge))],
         options=_SERVER,
     )
+    _badges[made] = Badge.of(badge)
+    return made
+
+
+_badges: WeakKeyDictionary[grpc.Server, Badge] = WeakKeyDictionary()     # of servers not bound yet, and bound ones
 
 
 def bind(made: grpc.Server, address: str) -> int:
-    """Bind `host:port` (port 0: any) and return the port. Raises OSError when it cannot be had."""
+    """Bind `host:port` (port 0: any) of a server made here, encrypted if its badge has certificates; return the port.
+
+    Raises OSError when it cannot be had, ConfigError when the certificates cannot be read.
+    """
+    credentials = _badges[made].server_credentials()
     try:
-        port = made.add_insecure_port(address)
+        port = made.add_insecure_port(address) if credentials is None else made.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise OSError(f"cannot bind {address}: {error}") from error
     if port == 0:
@@ -85,14 +120,22 @@ def bind(made: grpc.Server, address: str) -> int:
     return int(port)
 
 
-def channel(address: str, token: str) -> grpc.Channel:
-    """A channel to one peer; every call on it carries the cluster token."""
-    return grpc.intercept_channel(grpc.insecure_channel(address, options=_CHANNEL), _Token(token))
+def channel(address: str, badge: Badge | str) -> grpc.Channel:
+    """A channel to one peer; every call on it carries the cluster token. Raises ConfigError."""
+    badge = Badge.of(badge)
+    credentials = badge.channel_credentials()
+    made = (grpc.insecure_channel(address, options=_CHANNEL) if credentials is None
+            else grpc.secure_channel(address, credentials, options=_SECURE))
+    return grpc.intercept_channel(made, _Token(badge.token))
 
 
-def aio_channel(address: str, token: str) -> tuple[grpc.aio.Channel, tuple[tuple[str, str], ...]]:
+def aio_channel(address: str, badge: Badge | str) -> tuple[grpc.aio.Channel, tuple[tuple[str, str], ...]]:
     """The same for asyncio: a channel, and the metadata that each of its calls must carry."""
-    return grpc.aio.insecure_channel(address, options=_CHANNEL), ((TOKEN_KEY, token),)
+    badge = Badge.of(badge)
+    credentials = badge.channel_credentials()
+    made = (grpc.aio.insecure_channel(address, options=_CHANNEL) if credentials is None
+            else grpc.aio.secure_channel(address, credentials, options=_SECURE))
+    return made, ((TOKEN_KEY, badge.token),)
 
 
 class _Call(grpc.ClientCallDetails):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,14 @@ def expected(prompt: list[int], count: int) -> list[int]:
     return [97 + (sum(prompt) + 7 * at) % 26 for at in range(count)]
 
 
+def likely(at: int, token: int, count: int, bias: float = 0.0) -> tuple[float, list[tuple[int, float]]]:
+    """What the fake model says of its token at index `at`: its log-probability, and `count` likely tokens. An odd one is
+    not among them."""
+    drawn = -(at + 1) / 8 - bias
+    first = token if at % 2 == 0 else 65
+    return drawn, [(first + other, drawn if other == 0 and at % 2 == 0 else drawn - other) for other in range(count)]
+
+
 class FakeWorker:
     """Serves Jobs. `step` is asked before each token and may wait, abort the process's place, or do nothing."""
 
@@ -51,6 +59,7 @@ class FakeWorker:
         self.die_once = True                                 # once or always
         self.hang_at: int | None = None                      # say nothing more from this token index on
         self.repeat = False                                  # send each token again, with the one before
+        self.bias, self.mute = 0.0, False                    # added to its log-probabilities; none told though asked
         self.token_s = 0.0
         self.tiers = ["host"]
         self.ended = threading.Event()                       # a stream was left by its gateway
@@ -109,11 +118,19 @@ class FakeWorker:
                 self.hang_at = None
                 cancelled.wait(30)
                 return
-            yield pb.SubmitReply(tokens=pb.Tokens(first_index=at, ids=np.asarray([wanted[at]], "<i4").tobytes()))
+            yield pb.SubmitReply(tokens=self._tokens(job, wanted, at, at + 1))
             if self.repeat and at:
-                twice = np.asarray(wanted[at - 1:at + 1], "<i4").tobytes()
-                yield pb.SubmitReply(tokens=pb.Tokens(first_index=at - 1, ids=twice))
+                yield pb.SubmitReply(tokens=self._tokens(job, wanted, at - 1, at + 1))
         yield pb.SubmitReply(done=pb.Done(finish_reason="length", receipt=self._receipt(job, job.max_tokens)))
+
+    def _tokens(self, job: pb.Job, wanted: list[int], first: int, stop: int) -> pb.Tokens:
+        message = pb.Tokens(first_index=first, ids=np.asarray(wanted[first:stop], "<i4").tobytes())
+        if job.HasField("logprobs") and not self.mute:
+            told = [likely(at, wanted[at], job.logprobs, self.bias) for at in range(first, stop)]
+            message.logprobs = np.asarray([drawn for drawn, _ in told], "<f4").tobytes()
+            message.top_ids = np.asarray([other for _, top in told for other, _ in top], "<i4").tobytes()
+            message.top_logprobs = np.asarray([value for _, top in told for _, value in top], "<f4").tobytes()
+        return message
 
     def _receipt(self, job: pb.Job, outputs: int) -> pb.Receipt:
         prompt = len(job.prompt) // 4
@@ -148,6 +165,21 @@ class FakeRoster:
 
     async def stop(self) -> None:
         pass
+
+
+def plain_chat(messages: Sequence[Mapping[str, str]], ask: bool) -> str:
+    """The chat template of the fake model."""
+    return "".join(f"{each['role']}:{each['content']}\n" for each in messages) + ("assistant:" if ask else "")
+
+
+class BytePieces:
+    """intake.Pieces of the fake model: one token, one byte."""
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token])
+
+    def shown(self, token: int, *, first: bool) -> bytes:
+        return bytes([token])
 
 
 class ByteText:
@@ -211,7 +243,9 @@ def make_server() -> Iterator[Callable[..., SimpleNamespace]]:
             front = Front(
                 gateway=gateway, limits=HttpLimits(**{"quiet_s": 0.2, **options.get("http", {})}),
                 intake=options.get("intake", Intake)(
-                    facts, lambda text, _start: list(text.encode()), capacity_tokens=lambda: capacity),
+                    facts, lambda text, _start: list(text.encode()), capacity_tokens=lambda: capacity,
+                    decode=lambda ids: bytes(ids).decode("latin-1"), render=options.get("render", plain_chat),
+                    max_job_tokens=options.get("max_job_tokens"), pieces=BytePieces()),
                 api_keys=options.get("api_keys", {}), created=int(time.time()), status=options.get("status"),
                 ops=options.get("ops"),
             )
@@ -278,3 +312,8 @@ def eventually() -> Callable[..., None]:
 @pytest.fixture
 def answer_of() -> Callable[[list[int], int], list[int]]:
     return expected
+
+
+@pytest.fixture
+def likely_of() -> Callable[..., tuple[float, list[tuple[int, float]]]]:
+    return likely

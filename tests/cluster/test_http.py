@@ -81,6 +81,66 @@ def test_token_ids_are_returned_when_asked_for(make_worker, make_server, answer_
     assert [i for chunk in chunks for i in chunk["choices"][0]["token_ids"]] == answer_of(PROMPT, 4)
 
 
+def test_echo_begins_each_choice_with_its_prompt(make_worker, make_server, answer_of) -> None:
+    address = make_server(make_worker("worker-0")).address
+    for prompt, texts in (("ab", ["ab"]), ([104, 105], ["hi"]), (["x", "y"], ["x", "y"]), ([[104, 105]], ["hi"]),
+                          ([{"text": "ab"}, {"token_ids": [104, 105]}], ["abhi"])):
+        body = {"prompt": prompt, "max_tokens": 3, "echo": True, "n": 2, "seed": 1}
+        whole = httpx.post(f"{address}/v1/completions", json=body).json()
+        wanted = [text + bytes(answer_of(list(text.encode()), 3)).decode() for text in texts for _ in range(2)]
+        assert [choice["text"] for choice in whole["choices"]] == wanted
+        assert whole["usage"]["prompt_tokens"] == sum(map(len, texts))
+        chunks = events(stream(address, **body))
+        told = {n: "".join(c["choices"][0]["text"] for c in chunks if c["choices"][0]["index"] == n) for n in range(len(wanted))}
+        assert list(told.values()) == wanted
+
+
+def test_newer_names_and_salts_reach_the_worker(make_worker, make_server) -> None:
+    worker = make_worker("worker-0")
+    seen: list[str] = []
+
+    def keys(key_space: str, _prompt: bytes) -> bytes:
+        seen.append(key_space)
+        return b""
+
+    address = make_server(worker, block_keys=keys, api_keys={"k": "tenant-a"}).address
+    bodies = [{"max_completion_tokens": 3}, {"max_tokens": 2, "max_completion_tokens": 2, "cache_salt": "s" * 256},
+              {"max_tokens": 1, "cache_salt": "\0x", "prompt_cache_key": "p"}]
+    for body in bodies:
+        answer = httpx.post(f"{address}/v1/completions", json={"prompt": PROMPT, **body}, headers={"Authorization": "Bearer k"})
+        assert answer.status_code == 200, answer.text
+    assert [job.max_tokens for job in worker.seen] == [3, 2, 1]
+    assert [job.cache_salt for job in worker.seen] == ["", "s" * 256, "\0x"]
+    assert [job.tenant for job in worker.seen] == ["tenant-a"] * 3
+    assert seen == ["tenant-a", "tenant-a\0" + "s" * 256, "tenant-a\0\0x"]
+
+
+def test_prompts_and_chats_are_tokenised_and_back_without_a_job(make_worker, make_server) -> None:
+    worker = make_worker("worker-0")
+    address = make_server(worker, max_position=8).address
+    told = httpx.post(f"{address}/tokenize", json={"prompt": "much longer than the model"}).json()
+    assert told == {"tokens": list(b"much longer than the model"), "count": 26, "max_model_len": 8}
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "model": "fake"}
+    assert bytes(httpx.post(f"{address}/tokenize", json=chat).json()["tokens"]) == b"user:Hi\nassistant:"
+    without = httpx.post(f"{address}/tokenize", json={**chat, "add_generation_prompt": False}).json()
+    assert bytes(without["tokens"]) == b"user:Hi\n"
+    assert httpx.post(f"{address}/detokenize", json={"tokens": told["tokens"]}).json() == {"prompt": "much longer than the model"}
+    assert httpx.post(f"{address}/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+    assert not worker.seen
+
+
+@pytest.mark.parametrize(("path", "body", "status"), [
+    ("tokenize", {}, 400), ("tokenize", {"prompt": "a", "messages": []}, 400), ("tokenize", {"prompt": ""}, 400),
+    ("tokenize", {"messages": "x"}, 400), ("tokenize", {"prompt": "a", "x": 1}, 400), ("tokenize", {"prompt": [999]}, 400),
+    ("tokenize", {"prompt": "a", "model": "other"}, 404), ("detokenize", {}, 400), ("detokenize", {"tokens": [999]}, 400),
+    ("detokenize", {"tokens": "x"}, 400), ("detokenize", {"tokens": [1.5]}, 400),
+    ("detokenize", {"tokens": [1], "model": "other"}, 404),
+])
+def test_what_cannot_be_tokenised_is_a_typed_error(make_worker, make_server, path, body, status) -> None:
+    answer = httpx.post(f"{make_server(make_worker('worker-0')).address}/{path}", json=body)
+    assert answer.status_code == status and answer.json()["error"]["code"] in ("invalid_request", "not_found")
+
+
 def test_sampling_options_reach_the_worker_with_openais_defaults(make_worker, make_server) -> None:
     worker = make_worker("worker-0")
     address = make_server(worker).address
@@ -143,11 +203,13 @@ def test_completions_under_one_job_id_are_cancelled_by_the_last_to_leave(make_wo
 
 
 @pytest.mark.parametrize("field", [
-    {"echo": True}, {"logprobs": 5}, {"suffix": "x"}, {"best_of": 2}, {"presence_penalty": 1}, {"logit_bias": {"1": 2}},
+    {"echo": True, "logprobs": 0}, {"echo": "yes"}, {"logprobs": 50},
+    {"suffix": "x"}, {"best_of": 2}, {"presence_penalty": 1}, {"logit_bias": {"1": 2}},
     {"unknown": 1}, {"stream_options": 5}, {"stream_options": {"x": 1}}, {"n": 0}, {"n": 10**9}, {"n": True},
     {"prompt": ["a"] * 17}, {"prompt": ["a", 1]}, {"prompt": [[]]}, {"prompt": [[1], "a"]}, {"prompt": {}},
     {"prompt": [{"text": "a", "token_ids": [1]}]}, {"prompt": [{"x": 1}]}, {"job_id": "x", "n": 2}, {"model": 5},
-    {"stream": "yes"}, {"max_tokens": "many"}, {"temperature": 3}, {"cache_salt": "mine"},
+    {"stream": "yes"}, {"max_tokens": "many"}, {"temperature": 3}, {"cache_salt": ""}, {"cache_salt": 5},
+    {"cache_salt": "x" * 257}, {"max_tokens": 4, "max_completion_tokens": 5}, {"messages": []}, {"chat_template": "x"},
 ])
 def test_what_is_not_supported_is_refused_by_name(make_worker, make_server, field) -> None:
     worker = make_worker("worker-0")
@@ -183,6 +245,44 @@ def test_a_body_over_the_limit_is_refused_before_it_is_a_job(make_worker, make_s
         answer = httpx.post(f"{address}/v1/completions", content=content)
         assert answer.status_code == 413 and "10000 bytes" in answer.json()["error"]["message"]
     assert httpx.post(f"{address}/v1/completions", content=pieces(2)).status_code == 200 and len(worker.seen) == 1
+
+
+def test_deep_json_is_refused_and_wide_json_is_not(make_worker, make_server) -> None:
+    address = make_server(make_worker("worker-0")).address
+    for depth, status in ((31, 200), (32, 400), (500, 400)):
+        deep: object = {}
+        for _ in range(depth - 2):
+            deep = [deep]
+        answer = httpx.post(f"{address}/v1/completions", json={"prompt": PROMPT, "max_tokens": 1, "metadata": {"a": deep}})
+        assert answer.status_code == status, (depth, answer.text)
+    wide = {"metadata": {"a": [{"b": []}] * 5000}, "prompt": [1] * 4000, "max_tokens": 1}
+    assert httpx.post(f"{address}/v1/completions", json=wide).status_code == 200
+
+
+@pytest.mark.parametrize("headers", [{"X-Big": "x" * 40_000}, {f"X-{n}": "x" for n in range(101)}], ids=["long", "many"])
+def test_headers_are_bounded(make_worker, make_server, headers) -> None:
+    address = make_server(make_worker("worker-0")).address
+    assert httpx.get(f"{address}/v1/models", headers={"X-Big": "x" * 10_000}).status_code == 200
+    answer = httpx.get(f"{address}/v1/models", headers=headers)
+    assert answer.status_code == 431 and answer.json()["error"]["code"] == "invalid_request"
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as endless:
+        endless.settimeout(10)
+        with pytest.raises(OSError):                 # 400 and closed, well before the kernel's buffers are full
+            while True:
+                endless.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * (1 << 20))
+    assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_a_jobs_tokens_are_bounded_by_the_operator_in_every_dialect(make_worker, make_server) -> None:
+    worker = make_worker("worker-0")
+    address = make_server(worker, max_job_tokens=10).address
+    for path, body in (("v1/completions", {"prompt": PROMPT}), ("v1/jobs", {"prompt": PROMPT}),
+                       ("v1/chat/completions", {"messages": [{"role": "user", "content": ""}]})):
+        answer = httpx.post(f"{address}/{path}", json={**body, "max_tokens": 8})
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "too_long"
+        assert "http.max_job_tokens" in answer.json()["error"]["message"]
+    assert httpx.post(f"{address}/v1/completions", json={"prompt": PROMPT, "max_tokens": 7}).status_code == 200
+    assert len(worker.seen) == 1
 
 
 def test_a_body_that_never_ends_is_given_up(make_worker, make_server) -> None:

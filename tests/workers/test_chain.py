@@ -25,7 +25,7 @@ from kvbank.workers.chain_bank import ChainBank
 from kvbank.workers.chain_fetcher import ChainFetcher
 from kvbank.workers.chain_frames import Books, Step
 from kvbank.workers.config import WorkerConfig
-from kvbank.workers.engine import Engine
+from kvbank.workers.engine import Engine, Token
 from kvbank.workers.fetcher import TierFetcher
 from kvbank.workers.follower import Follower
 from kvbank.workers.models.config_reader import read_config
@@ -71,7 +71,7 @@ class Member:
     def __init__(self, config: WorkerConfig, likeness: tuple[tuple[str, str], ...], shelves: StoreConfig) -> None:
         self.parts, self.store, self.fetcher = shard_with_shelves(config, shelves, lambda: self.follower.fetched())
         self.follower = Follower(
-            self.parts.shard, config.shard, config.shards, hidden_size=self.parts.model.hidden_size, token=TOKEN,
+            self.parts.shard, config.shard, config.shards, hidden_size=self.parts.model.hidden_size, badge=TOKEN,
             likeness=likeness, bank=NoBank(), fetcher=self.fetcher)
         self.server = rpc.server(TOKEN)
         self.server.add_generic_rpc_handlers((self.follower.service.handlers(),))
@@ -103,7 +103,7 @@ class Replica:
         config = WorkerConfig(**self.config, shard=0)
         self.members: dict[int, Member | None] = {shard: self.start(shard) for shard in range(1, shards)}
         self.parts, self.store, self.fetcher = shard_with_shelves(config, self.shelves, lambda: self.engine.wake.set())
-        self.chain = Chain(self.parts.shard, shards, token=TOKEN, likeness=self.likeness, find=self.find,
+        self.chain = Chain(self.parts.shard, shards, badge=TOKEN, likeness=self.likeness, find=self.find,
                            wake=lambda: self.engine.wake.set(), timings=timings)
         vault = Vault(config.num_slots, blocks_per_span=self.parts.layout.blocks_per_span, on_evict=self.chain.spill,
                       on_scrub=self.chain.scrub)
@@ -205,6 +205,21 @@ def test_company_chunks_and_sampling_are_those_of_one_worker(replica, alone, run
     assert got.tokens == want.tokens
     for job in jobs:
         assert torch.equal(got.logits[job.id], want.logits[job.id])
+
+
+def test_log_probabilities_come_from_the_last_shard_as_from_the_whole(replica, alone, prompt) -> None:
+    params = SamplingParams(temperature=0.8, seed=11)
+    jobs = [JobSpec(id=f"j{i}", prompt=prompt(60 + 30 * i, i), max_tokens=6, age=i, sampling=params, ignore_eos=True,
+                    logprobs=(None, 0, 5)[i]) for i in range(3)]
+
+    def told(engine: Engine) -> list[Any]:
+        for job in jobs:
+            engine.add(job)
+        return sorted((event for event in engine.run_until_idle() if isinstance(event, Token)), key=lambda e: (e.job, e.index))
+
+    got, want = told(replica(2, exactness="bitwise").engine), told(alone(exactness="bitwise"))
+    assert got == want and len(got) == 18
+    assert [len(event.logprobs.top_ids) for event in got[6:]] == [0] * 6 + [5] * 6 and got[0].logprobs is None
 
 
 def test_a_second_submission_reuses_what_all_shards_hold(replica, run_jobs, prompt) -> None:

@@ -38,6 +38,7 @@ MESSAGES = [
     Unpark(7, None),
     Lend(3, pack_moves([MOVE]), "tenant", 1.5),
     Result(9, (4, -1), ((7, "silent"),), 12, 0.5, 3),
+    Result(9, (4, 5), (), 0, 0.5, 3, ((1, -0.25, (5, 9), (-0.25, -2.0)),)),
     Failed("no"),
 ]
 EVENTS = [seams.Moved(1, "a", ("b",)), seams.Stayed(2, "FULL"), seams.Lost(3, "gone"), seams.MustReturn(4, 2.0, "NEED"),

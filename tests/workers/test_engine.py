@@ -81,6 +81,16 @@ def test_different_tenants_share_nothing(alone, run_jobs, prompt) -> None:
     assert not got.tally["b"].reused
 
 
+def test_different_salts_share_nothing_and_equal_ones_do(alone, run_jobs, prompt) -> None:
+    engine, text = alone(), prompt(400)
+    want = run_jobs(engine, JobSpec(id="plain", prompt=text, max_tokens=2, ignore_eos=True))
+    for name, salt, tenant, reused in (("a", "x", "default", 0), ("b", "y", "default", 0), ("c", "x", "other", 0),
+                                       ("d", "x\0y", "default", 0), ("e", "x", "default", 384), ("f", "", "default", 384)):
+        got = run_jobs(engine, JobSpec(id=name, prompt=text, max_tokens=2, tenant=tenant, cache_salt=salt, ignore_eos=True))
+        assert got.tally[name].reused["device"] == reused, name
+        assert got.tokens[name] == want.tokens["plain"]
+
+
 @BOTH
 def test_seeded_sampling_does_not_depend_on_the_company(alone, run_jobs, prompt, exactness) -> None:
     params = SamplingParams(temperature=0.8, top_p=0.9, top_k=40, seed=11)

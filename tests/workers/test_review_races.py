@@ -89,10 +89,10 @@ def test_a_slot_lent_while_the_engine_takes_its_own_costs_no_job(alone, run_jobs
     engine.vault.lend_cap = 1
     real, lent = engine.vault.new_spans, []
 
-    def new_spans(number):
+    def new_spans(number, owner):
         if not lent:                                       # after the scheduler has counted what is free
             lent.extend(engine.vault.take_for_loan(1))
-        return real(number)
+        return real(number, owner)
     engine.vault.new_spans = new_spans
 
     def give_back() -> None:

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from kvbank.workers.models.config_reader import ModelConfig, read_config
+from kvbank.workers.token_pieces import byte_alphabet
 from kvbank.workers.weights import TORCH_DTYPES
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
@@ -70,7 +71,7 @@ def byte_level_tokenizer(vocab: int) -> Tokenizer:
     Ids 0-255 are the bytes, 256 is END, the rest are merges of frequent characters, shortest first.
     """
     assert vocab > NUM_BYTES, f"a byte-level vocabulary needs {NUM_BYTES + 1} ids, not {vocab}"
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     pieces = {alphabet[byte]: byte for byte in range(NUM_BYTES)}
     merges: list[tuple[str, str]] = []
     for left, right in islice(_candidates([alphabet[ord(c)] for c in BY_FREQUENCY]), vocab - NUM_BYTES - 1):
@@ -92,13 +93,6 @@ def _candidates(letters: list[str]) -> Iterator[tuple[str, str]]:
             longer.append(left + right)
             yield left, right
         level = longer
-
-
-def _byte_alphabet() -> list[str]:
-    """GPT-2's printable stand-in for each byte: itself where printable, else the next free character from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(NUM_BYTES) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(0x100 + rest.index(byte)) for byte in range(NUM_BYTES)]
 
 
 def _inner_size(hidden_size: int) -> int:

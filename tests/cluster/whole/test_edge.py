@@ -74,6 +74,38 @@ def test_tenants_with_the_same_prompt_share_nothing(cluster, text) -> None:
             client.status()
 
 
+def test_tenants_with_the_same_prompts_share_no_frame_on_any_tier(cluster, text) -> None:
+    """Three prompts that together need three times the device, so that host, Redis and the neighbour's cache are all used."""
+    import redis
+
+    one = cluster(workers=1, lenders=1, device_blocks=48, host_bytes="3MiB", redis="embedded", redis_bytes="64MiB",
+                  api_keys={"key-a": "a", "key-b": "b"})
+    a, b = (Client(one.address, api_key=key) for key in ("key-a", "key-b"))
+    prompts = [text(700, seed) for seed in range(3)]
+
+    def rounds(client: Client) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for prompt in (*prompts, *prompts):
+            for source, tokens in client.generate(prompt, max_tokens=2).receipt.reused.items():
+                found[source] = found.get(source, 0) + tokens
+        return found
+
+    def frames() -> set[bytes]:
+        with redis.Redis.from_url(one._redis.url) as server:
+            return {bytes(name) for name in server.scan_iter(match=b"kvb:*", count=1000) if server.type(name) == b"string"}
+
+    first = [a.generate(prompt, max_tokens=2).receipt.reused for prompt in prompts]
+    assert not any(first)
+    assert {"redis", "host"} <= set(rounds(a)) | set(rounds(a))
+    of_a = frames()
+    assert of_a
+    first = [b.generate(prompt, max_tokens=2).receipt.reused for prompt in prompts]
+    assert not any(first), "b was served what a had computed"
+    rounds(b)
+    of_b = frames() - of_a
+    assert of_b and not {name.split(b":")[1] for name in of_b} & {name.split(b":")[1] for name in of_a}
+
+
 def test_bad_input_of_every_kind_leaves_the_cluster_unharmed(cluster, text, quiet) -> None:
     address = cluster(workers=1, lenders=0).address
     prompt = text(100)

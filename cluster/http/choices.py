@@ -1,0 +1,237 @@
+"""Choices: what one request of OpenAI's dialects starts, follows and answers with: a job per choice.
+
+    body --check, submit--> job, job, ...  --Shape--> one response, or chunks of all of them interleaved as they come
+
+Shared by completions (openai.py) and chat (chat.py); a Shape says how each of them writes a choice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from fastapi import Request
+from starlette.responses import JSONResponse, Response
+
+from kvbank.cluster.http.app import Front, error_body
+from kvbank.cluster.http.events import DONE, KEEP_ALIVE, EventStream, event, unless_left
+from kvbank.cluster.intake import SEEDS, SPEC_FIELDS, Fields, JobSpec
+from kvbank.cluster.job import Job, Piece
+from kvbank.errors import InvalidRequest, KVBankError, NotFound
+
+OWN = frozenset({"model", "stream", "stream_options", "n", "return_token_ids", "max_completion_tokens"})
+HARMLESS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+                      "prompt_cache_retention"})        # prompt_cache_key: the keys of blocks say more than it could
+NEUTRAL: dict[str, tuple[Any, ...]] = {                 # accepted only where they change nothing
+    "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},),
+}
+_END = Piece(-1, [], "")             # follows the last piece of a choice
+
+
+class Shape(Protocol):
+    """How a dialect writes a choice."""
+
+    prefix: str                      # of the answer's id
+    whole: str                       # "object" of an answer in one piece,
+    chunk: str                       # and of one of a stream
+
+    def opening(self, number: int) -> dict[str, Any] | None:
+        """What a stream says of a choice before its first token; None: nothing."""
+
+    def choice(self, number: int, job: Job) -> dict[str, Any]:
+        """A choice whose job is over."""
+
+    def delta(self, number: int, job: Job, piece: Piece) -> dict[str, Any]:
+        """The next piece of a choice. The last one has a finish_reason: the job is over then."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """How the caller wants the answer."""
+
+    prompts: int                     # of the request; each has as many choices
+    stream: bool = False
+    usage: bool = False              # a last chunk that tells the usage
+    ids: bool = False                # token ids beside the text
+    logprobs: int | None = None      # likely tokens beside each token's log-probability; None: no log-probabilities
+
+
+def check(front: Front, body: Mapping[str, Any], known: frozenset[str], neutral: Mapping[str, tuple[Any, ...]]) -> Fields:
+    """Refuse by name what this server does not know or do. Raises InvalidRequest, NotFound."""
+    fields = Fields(body)
+    fields.refuse_unknown(SPEC_FIELDS | OWN | HARMLESS | known | frozenset(neutral))
+    check_model(front, fields.text("model", None))
+    for name, allowed in neutral.items():
+        if body.get(name) is not None and not any(body[name] == value for value in allowed):
+            raise InvalidRequest(f"{name} is not supported by this server")
+    fields.text("prompt_cache_key", None)
+    return fields
+
+
+def check_model(front: Front, name: Any) -> None:
+    if name is not None and name != front.intake.facts.name:
+        raise NotFound(f"this gateway serves the model {front.intake.facts.name!r}; see /v1/models")
+
+
+def read_wish(body: Mapping[str, Any], fields: Fields, prompts: int, logprobs: int | None) -> Wish:
+    return Wish(prompts=prompts, stream=fields.flag("stream", False), usage=_include_usage(body),
+                ids=fields.flag("return_token_ids", False), logprobs=logprobs)
+
+
+async def submit(
+    front: Front, body: Mapping[str, Any], prompts: Sequence[Any], tenant: str, *, max_tokens: int,
+    fitting: bool = False, logprobs: int | None,
+) -> list[Job]:
+    """Check each prompt and submit n jobs of it: all or none. max_tokens, fitting: see Intake.spec. Raises InvalidRequest,
+    Overloaded."""
+    n = Fields(body).integer("n", 1, low=1, high=front.limits.choices)
+    if len(prompts) * n > front.limits.choices:
+        raise InvalidRequest(
+            f"{len(prompts)} prompts times n={n} is {len(prompts) * n} choices, at most {front.limits.choices} are served"
+        )
+    if body.get("job_id") is not None and len(prompts) * n > 1:
+        raise InvalidRequest("job_id names one job: send one prompt and n=1")
+    common = {name: body[name] for name in SPEC_FIELDS if name in body} | _max_tokens(body)
+    specs: list[JobSpec] = []
+    for prompt in prompts:
+        spec = await front.intake.spec({**common, "prompt": prompt}, tenant=tenant, temperature=1.0, max_tokens=max_tokens,
+                                       fitting=fitting, logprobs=logprobs)
+        specs += [spec if not copy or spec.seed is None else replace(spec, seed=(spec.seed + copy) % SEEDS)
+                  for copy in range(n)]
+    jobs: list[Job] = []
+    try:
+        for spec in specs:
+            jobs.append(front.gateway.submit(spec))
+    except KVBankError:
+        for job in jobs:
+            front.gateway.cancel(job)
+        raise
+    return jobs
+
+
+async def respond(request: Request, choices: Choices) -> Response:
+    """The answer in one piece or as a stream; a caller who leaves ends its jobs."""
+    if choices.wish.stream:
+        return EventStream(choices.events(), on_leave=choices.cancel)
+    if not await unless_left(request, choices.settled(), choices.cancel):
+        return Response(status_code=499)             # nobody reads it: the caller has left
+    return JSONResponse(choices.answer())
+
+
+class Choices:
+    """The jobs of one request, in the order of prompts and then of n."""
+
+    def __init__(self, front: Front, jobs: list[Job], wish: Wish, shape: Shape) -> None:
+        self.wish = wish
+        self._front, self._jobs, self._shape = front, jobs, shape
+        for job in jobs:
+            job.readers += 1
+
+    def cancel(self) -> None:
+        """The caller left: jobs that no other request reads are cancelled."""
+        for job in self._jobs:
+            job.readers -= 1
+            if not job.readers:
+                self._front.gateway.cancel(job)
+
+    async def settled(self) -> None:
+        await asyncio.gather(*(job.settled() for job in self._jobs))
+
+    def answer(self) -> dict[str, Any]:
+        """The whole response. Raises the error of the first job that failed."""
+        for job in self._jobs:
+            if job.error is not None:
+                raise job.error
+        choices = [self._with_ids(self._shape.choice(n, job), job.ids) for n, job in enumerate(self._jobs)]
+        return {**self._head(self._shape.whole), "choices": choices, "usage": self._usage(), "kvbank": self._extra(self._jobs)}
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The chunks, of several choices interleaved as they come; errors travel in band."""
+        news: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue(maxsize=64)
+        readers = [asyncio.ensure_future(self._read(number, job, news)) for number, job in enumerate(self._jobs)]
+        try:
+            for number in range(len(self._jobs)):
+                if (opening := self._shape.opening(number)) is not None:
+                    yield self._chunk(opening, [])
+            running = len(readers)
+            while running:
+                number, piece = await news.get()
+                job = self._jobs[number]
+                if piece is None:
+                    yield KEEP_ALIVE
+                    continue
+                if piece is _END:
+                    running -= 1
+                    if job.error is not None:
+                        yield event(error_body(job.error))
+                        return
+                more = {"kvbank": self._extra([job])} if piece is _END else {}
+                yield self._chunk(self._shape.delta(number, job, piece), piece.token_ids, **more)
+            if self.wish.usage:
+                yield event({**self._head(self._shape.chunk), "choices": [], "usage": self._usage()})
+            yield DONE
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+
+    async def _read(self, number: int, job: Job, news: asyncio.Queue[tuple[int, Piece | None]]) -> None:
+        every = self.wish.ids or self.wish.logprobs is not None
+        async for piece in job.follow(quiet_s=self._front.limits.quiet_s):
+            if piece is None or piece.text or every:
+                await news.put((number, piece))
+        await news.put((number, _END))
+
+    def _chunk(self, choice: dict[str, Any], ids: list[int], **more: Any) -> bytes:
+        return event({**self._head(self._shape.chunk), "choices": [self._with_ids(choice, ids)], **more})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        first = self._jobs[0]
+        return {"id": f"{self._shape.prefix}-{first.id}", "object": kind, "created": int(first.created),
+                "model": self._front.intake.facts.name}
+
+    def _with_ids(self, choice: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+        return {**choice, "token_ids": ids} if self.wish.ids else choice
+
+    def _usage(self) -> dict[str, Any]:
+        # A prompt counts once however many choices it has; so do the tokens it found in the cache.
+        each = max(1, len(self._jobs) // self.wish.prompts)
+        prompts = self._jobs[::each]
+        prompt = sum(job.prompt_tokens for job in prompts)
+        cached = sum(sum(job.receipt.get("reused", {}).values()) for job in prompts)
+        output = sum(len(job.ids) for job in self._jobs)
+        return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output,
+                "prompt_tokens_details": {"cached_tokens": cached}}
+
+    def _extra(self, jobs: list[Job]) -> dict[str, Any]:
+        told = [{"job_id": job.id, "receipt": job.receipt} for job in jobs]
+        return told[0] if len(told) == 1 else {"jobs": told}
+
+
+def finish_reason(job: Job, piece: Piece) -> str | None:
+    """Of a chunk with this piece: None unless it is the last one."""
+    return job.finish_reason if piece is _END else None
+
+
+def _max_tokens(body: Mapping[str, Any]) -> dict[str, Any]:
+    """max_completion_tokens is the newer name of max_tokens. Raises InvalidRequest when they differ."""
+    old, new = body.get("max_tokens"), body.get("max_completion_tokens")
+    if new is None:
+        return {}
+    if old is not None and old != new:
+        raise InvalidRequest("max_tokens and max_completion_tokens are two names of one limit: send one of them")
+    Fields(body).integer("max_completion_tokens", None, low=1, high=2**31 - 1)
+    return {"max_tokens": new}
+
+
+def _include_usage(body: Mapping[str, Any]) -> bool:
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise InvalidRequest("stream_options must be an object")
+    fields = Fields(options)
+    fields.refuse_unknown(frozenset({"include_usage", "include_obfuscation"}))
+    return fields.flag("include_usage", False)

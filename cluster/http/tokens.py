@@ -1,0 +1,47 @@
+"""/tokenize and /detokenize: what a prompt or a chat becomes, and what token ids say, without a job.
+
+    {"prompt": ...} or {"messages": [...]}  -->  {"tokens": [...], "count": 7, "max_model_len": 4096}
+    {"tokens": [...]}                       -->  {"prompt": "..."}
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from kvbank.cluster.http.app import Front, read_body
+from kvbank.cluster.http.choices import check_model
+from kvbank.cluster.intake import Fields
+from kvbank.errors import InvalidRequest
+
+TOKENIZE = frozenset({"model", "prompt", "messages", "add_generation_prompt"})
+DETOKENIZE = frozenset({"model", "tokens"})
+
+
+def add_routes(router: APIRouter, front: Front) -> None:
+    """The two routes."""
+    intake = front.intake
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = await read_body(request, front.limits)
+        fields = Fields(body)
+        fields.refuse_unknown(TOKENIZE)
+        check_model(front, fields.text("model", None))
+        asks = fields.flag("add_generation_prompt", True)
+        if ("prompt" in body) == ("messages" in body):
+            raise InvalidRequest("send either prompt or messages")
+        prompt = await intake.chat(body["messages"], add_generation_prompt=asks) if "messages" in body else body["prompt"]
+        ids = await intake.token_ids(prompt)
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": intake.facts.max_position})
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = await read_body(request, front.limits)
+        fields = Fields(body)
+        fields.refuse_unknown(DETOKENIZE)
+        check_model(front, fields.text("model", None))
+        ids = intake.checked_ids(body.get("tokens"), "tokens")
+        return JSONResponse({"prompt": await asyncio.to_thread(intake.decode, ids)})

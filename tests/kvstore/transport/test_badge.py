@@ -1,0 +1,165 @@
+"""Real gRPC with certificates: who may call what, and every wrong credential is refused before a body is parsed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from kvbank.cluster.certs import expires, make_certificates
+from kvbank.errors import ConfigError
+from kvbank.kvstore.transport import rpc
+from kvbank.kvstore.transport.badge import CALLERS, ROLES, Badge, Certificates
+
+TOKEN = "ab" * 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made: Path = tmp_path_factory.mktemp("tls") / "certs"
+    make_certificates(made)
+    return made
+
+
+def badge(folder: Path, role: str, token: str = TOKEN) -> Badge:
+    return Badge(token, Certificates(folder, role))
+
+
+class Echo:
+    """A member with every service of CALLERS; counts the bodies that were parsed."""
+
+    def __init__(self, shown: Badge | str) -> None:
+        self.parsed = 0
+        self.server = rpc.server(shown, threads=4)
+        methods = [("kvbank.Control", "Register"), ("kvbank.Control", "Snapshot"), ("kvbank.Jobs", "Status"),
+                   ("kvbank.Ops", "Drain"), ("kvbank.Bank", "Borrow"), ("kvbank.Shard", "Lead"), ("kvbank.New", "Thing")]
+        for service, method in methods:
+            self.server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {
+                method: grpc.unary_unary_rpc_method_handler(lambda data, _: data, self._parse),
+                f"{method}Stream": grpc.stream_stream_rpc_method_handler(lambda data, _: data, self._parse)})])
+        self.methods = [f"{service}/{method}" for service, method in methods]
+        self.address = f"127.0.0.1:{rpc.bind(self.server, '127.0.0.1:0')}"
+        self.server.start()
+
+    def _parse(self, data: bytes) -> bytes:
+        self.parsed += 1
+        return data
+
+
+@pytest.fixture(scope="module")
+def echo(folder: Path) -> Iterator[Echo]:
+    made = Echo(badge(folder, "worker"))
+    yield made
+    made.server.stop(None)
+
+
+def ask(address: str, method: str, shown: Badge | str) -> Any:
+    """The status code, or the answer."""
+    with rpc.channel(address, shown) as channel:
+        try:
+            return channel.unary_unary(f"/{method}")(b"hello", timeout=10)
+        except grpc.RpcError as error:
+            return error.code()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_each_role_may_call_what_is_written_for_it_and_nothing_else(echo: Echo, folder: Path, role: str) -> None:
+    for method in echo.methods:
+        allowed = role in CALLERS.get(method, CALLERS.get(method.partition("/")[0], ()))
+        before = echo.parsed
+        answer = ask(echo.address, method, badge(folder, role))
+        assert answer == (b"hello" if allowed else grpc.StatusCode.PERMISSION_DENIED), (role, method)
+        assert echo.parsed - before == allowed, "a refused body was parsed"
+    assert ask(echo.address, "kvbank.New/Thing", badge(folder, role)) == grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_a_stream_is_refused_before_its_first_message_is_parsed(echo: Echo, folder: Path) -> None:
+    before = echo.parsed
+    with rpc.channel(echo.address, badge(folder, "gateway")) as channel:
+        with pytest.raises(grpc.RpcError) as refused:
+            list(channel.stream_stream("/kvbank.Bank/BorrowStream")(iter([b"a", b"b"]), timeout=10))
+        assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED and echo.parsed == before
+        answer = channel.stream_stream("/kvbank.Jobs/StatusStream")(iter([b"a", b"b"]), timeout=10)
+        assert list(answer) == [b"a", b"b"] and echo.parsed == before + 2
+
+
+def test_wrong_credentials_do_not_get_as_far_as_a_body(echo: Echo, folder: Path, tmp_path: Path) -> None:
+    make_certificates(tmp_path / "other")
+    make_certificates(tmp_path / "old", days=1, now=datetime.now(UTC) - timedelta(days=30))
+    for name in ("old/worker.pem", "old/worker.key"):       # signed by the right authority, long ago
+        (tmp_path / "mixed").mkdir(exist_ok=True)
+        (tmp_path / "mixed" / Path(name).name).write_bytes((tmp_path / name).read_bytes())
+    _sign_expired(folder, tmp_path / "expired")
+    wrong = {
+        "no certificate": TOKEN, "another authority": badge(tmp_path / "other", "worker"),
+        "expired": badge(tmp_path / "expired", "worker"), "no token": badge(folder, "worker", ""),
+        "wrong token": badge(folder, "worker", "0" * 32),
+    }
+    before = echo.parsed
+    for what, shown in wrong.items():
+        assert ask(echo.address, "kvbank.Bank/Borrow", shown) in (
+            grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNAUTHENTICATED), what
+    assert echo.parsed == before
+    assert ask(echo.address, "kvbank.Bank/Borrow", badge(folder, "worker")) == b"hello"
+
+
+def _sign_expired(folder: Path, target: Path) -> None:
+    """The cluster's own authority, a month ago, for one day."""
+    target.mkdir()
+    for name in ("ca.key", "ca.pem"):
+        (target / name).write_bytes((folder / name).read_bytes())
+    make_certificates(target, days=1, now=datetime.now(UTC) - timedelta(days=30))
+    assert expires(target / "worker.pem") < datetime.now(UTC)
+
+
+def test_who_asks_for_certificates_does_not_talk_to_a_server_without_one(folder: Path) -> None:
+    plain = Echo(TOKEN)
+    try:
+        assert ask(plain.address, "kvbank.Bank/Borrow", badge(folder, "worker")) == grpc.StatusCode.UNAVAILABLE
+        assert plain.parsed == 0 and ask(plain.address, "kvbank.New/Thing", TOKEN) == b"hello"
+    finally:
+        plain.server.stop(None)
+
+
+def test_certificates_are_renewed_without_a_restart(tmp_path: Path) -> None:
+    folder = tmp_path / "certs"
+    make_certificates(folder)
+    server = Echo(badge(folder, "worker"))
+    try:
+        with rpc.channel(server.address, badge(folder, "worker")) as old:
+            call = old.unary_unary("/kvbank.Bank/Borrow")
+            assert call(b"1", timeout=10) == b"1"
+            (folder / "ca.key").unlink()                     # another authority: what the old one signed is worth nothing
+            before = badge(folder, "worker").certificates.read()
+            make_certificates(folder)
+            assert badge(folder, "worker").certificates.read()[1] != before[1]
+            give_up = time.monotonic() + 20
+            while (answer := ask(server.address, "kvbank.Bank/Borrow", badge(folder, "worker"))) != b"hello":
+                assert time.monotonic() < give_up, answer
+            assert call(b"2", timeout=10) == b"2", "what was connected goes on"
+    finally:
+        server.server.stop(None)
+
+
+def test_a_half_written_certificate_changes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "certs"
+    make_certificates(folder)
+    shown = badge(folder, "worker")
+    server = Echo(shown)
+    try:
+        kept = {path: path.read_bytes() for path in folder.iterdir()}
+        (folder / "worker.pem").unlink()
+        with pytest.raises(ConfigError, match="kvbank certs"):
+            rpc.channel(server.address, shown)
+        for path, data in kept.items():
+            path.write_bytes(data)
+        assert ask(server.address, "kvbank.Bank/Borrow", shown) == b"hello"
+    finally:
+        server.server.stop(None)
+    assert not [path for path in folder.iterdir() if path.name.endswith(".key") and path.stat().st_mode & 0o077]
+    assert TOKEN not in repr(shown)
