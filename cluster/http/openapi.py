@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 import kvbank
 from kvbank.cluster.http import choices, tokens
-from kvbank.cluster.http.doors import OPEN, OPS
+from kvbank.cluster.http.doors import OPEN, OPS, PAGES
 from kvbank.cluster.http.schemas import CHAT_FIELDS, SCHEMAS, Schema, body, named
 from kvbank.cluster.intake import SPEC_FIELDS
 
@@ -67,10 +67,10 @@ _ROUTES = {
     ("GET", "/v1/status"): _Told("The cluster now", "Status"),
     ("GET", "/metrics"): _Told("Prometheus' text format"),
     ("GET", "/v1/ops/session"): _Told("Who this key is, and the token that changes to the cluster need", "Session"),
-    ("GET", "/v1/ops/feed"): _Told("What the dashboard shows, as events: the whole, then what changed", errors=("429",)),
-    ("GET", "/v1/ops/workers/{member}"): _Told("One member in detail", errors=("404",)),
-    ("GET", "/v1/ops/jobs/{wire_id}"): _Told("One job in detail, without its texts", errors=("404",)),
-    ("POST", "/v1/ops/members/{member}/{action}"): _Told("Drain, undrain or clear a member, or recall what it lends",
+    ("GET", "/v1/ops/feed"): _Told("The cluster as events: one snapshot, then a delta per second", errors=("429",)),
+    ("GET", "/v1/ops/workers/{member}"): _Told("One member and all that it counts", errors=("404",)),
+    ("GET", "/v1/ops/jobs/{wire_id}"): _Told("One job of any tenant: timeline and receipt, no text", errors=("404",)),
+    ("POST", "/v1/ops/members/{member}/{action}"): _Told("Drain, undrain, recall or clear a member",
                                                          errors=("400", "404", "503")),
     ("GET", "/openapi.json"): _Told("This document", "OpenAPI"),
 }
@@ -88,7 +88,7 @@ def document(app: FastAPI) -> dict[str, Any]:
     """Of an application made by build_app: every route behind its door."""
     paths: dict[str, dict[str, Any]] = {}
     for (method, path), role in sorted(app.state.doors.items()):
-        if method != "HEAD" and not path.startswith("/dashboard"):         # pages and their files are no interface
+        if method != "HEAD" and not path.startswith(PAGES.decode()):     # pages are for people
             path = re.sub(r":\w+}", "}", path)
             told = _ROUTES.get((method, path)) or _Told(f"{method} {path}")
             paths.setdefault(path, {})[method.lower()] = _operation(method, path, role, told)
@@ -154,7 +154,7 @@ def text() -> str:
     from kvbank.cluster.http.app import Front, build_app
     from kvbank.cluster.intake import Intake, ModelFacts
 
-    gateway: Any = SimpleNamespace(observers=[])
+    gateway: Any = SimpleNamespace(observers=[], meters=None, traced=None)
     facts = ModelFacts(name="model", vocab_size=1, max_position=1)
     app = build_app(Front(gateway=gateway, intake=Intake(facts, lambda text, at_start: [])))
     return json.dumps(document(app), indent=1, ensure_ascii=False) + "\n"

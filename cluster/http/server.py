@@ -173,8 +173,7 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
             intake=Intake(facts, encode, capacity_tokens=capacity, decode=decode, render=render,
                           max_job_tokens=settings.max_job_tokens, pieces=TokenPieces(tokenizer)),
             api_keys=keys_now, hosts=settings.names or (*LOOPBACK, settings.host), named=bool(settings.names),
-            created=int(time.time()), status=survey.told,
-            borrowed=lambda: survey.borrowed, ops=Ops(roster, links),
+            created=int(time.time()), status=survey.told, borrowed=lambda: survey.borrowed, ops=Ops(roster, links),
         )
         await roster.start()
         return Assembly(front, roster)
