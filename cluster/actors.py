@@ -1,6 +1,8 @@
 """Ray's side of the house: one actor per member, and the launcher that starts them. All of Ray is behind this file.
 
-Ray places, starts and stops actors. No tensor, prompt or token ever rides a Ray call: the actors' methods are start,
+Ray places, starts and stops actors. On a Ray of several machines every member that holds KV has a seat, one bundle of a
+placement group spread over the machines; a member whose machine died is started again in its seat, which Ray moves to
+a machine with room, or keeps until there is one. No tensor, prompt or token ever rides a Ray call: the actors' methods are start,
 address, pid, stop, and one that never returns, by whose failure the launcher learns of a death without asking.
 """
 
@@ -17,12 +19,15 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from kvbank.cluster.config import child_variables, marked_environment
+from kvbank.cluster.config import NODE, child_variables, marked_environment
 from kvbank.cluster.member import Build, Member, build_part, started
 from kvbank.cluster.processes import tail
+from kvbank.cluster.seats import Room, Wants, shortage
 from kvbank.errors import ConfigError, KVBankError, Unavailable, from_code
 
+LOOK_S = 1.0                         # between two looks whether Ray has found the room, or somebody gave up
 OBJECT_STORE_BYTES = 80 << 20        # about Ray's minimum: nothing of ours travels through it
 
 
@@ -35,7 +40,7 @@ class MemberActor:
             os.dup2(output, 1)
             os.dup2(output, 2)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
-        self._member = Member(config, build=build)
+        self._member = Member(_at_home(config), build=build)
 
     def start(self) -> dict[str, Any]:
         """`{"address", "pid"}` once it serves, else `{"error", "message"}`."""
@@ -73,6 +78,9 @@ class RayLauncher:
         self._actors: dict[str, Any] = {}                        # handles
         self._lives: dict[str, Any] = {}
         self._pids: dict[str, int] = {}
+        self._seats: dict[str, tuple[int, Wants]] = {}           # bundle and what it holds, by member
+        self._group: Any = None                                  # the placement group
+        self._home: str | None = None                            # this process's node, when members may be elsewhere
         self._stopping = False
         self._connected = not ray.is_initialized()               # by us, so we disconnect
         self.owns_ray = self._connected and address is None
@@ -97,6 +105,41 @@ class RayLauncher:
         with self._lock:
             return {name: pid for name, pid in self._pids.items() if name in self._actors and name not in ended}
 
+    def reserve(self, wanted: Mapping[str, Wants], *, within_s: float) -> None:
+        """Take a seat for each of these members, spread over the machines; whoever is not named stays on this one.
+
+        Raises ConfigError that says who finds no room, and Unavailable when the cluster stops meanwhile.
+        """
+        self._home = ray.get_runtime_context().get_node_id()
+        with_wants = {name: wants for name, wants in wanted.items() if wants}
+        self._seats = {name: (-1, wants) for name, wants in wanted.items()}
+        if not with_wants:
+            return
+        self._seats |= {name: (at, wants) for at, (name, wants) in enumerate(with_wants.items())}
+        group: Any = ray.util.placement_group([dict(wants) for wants in with_wants.values()], strategy="SPREAD",
+                                              name=self._marker)
+        self._group, give_up = group, time.monotonic() + within_s
+        while not group.wait(LOOK_S):
+            if self._stopping:
+                raise Unavailable("the cluster is stopping")
+            if time.monotonic() >= give_up:
+                said = shortage(with_wants, _rooms())
+                ray.util.remove_placement_group(group)
+                raise ConfigError(f"no room on this Ray within {within_s:.0f} s: {said}")
+
+    def _where(self, name: str) -> dict[str, Any]:
+        """Ray's options that put a member into its place."""
+        at, wants = self._seats.get(name, (-1, {}))
+        own = {kind: much for kind, much in wants.items() if kind not in ("CPU", "GPU")}
+        asks = {"num_cpus": wants.get("CPU", 0), "num_gpus": wants.get("GPU", 0), "resources": own}
+        if at >= 0:
+            return asks | {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, at)}
+        if name in self._seats:
+            return asks | {"scheduling_strategy": "SPREAD"}
+        if self._home is not None:
+            return asks | {"scheduling_strategy": NodeAffinitySchedulingStrategy(self._home, soft=False)}
+        return asks                                              # num_cpus 0: any number of members on this machine
+
     def start(self, config: Mapping[str, Any], *, threads: int = 1, within_s: float = 60.0) -> str:
         """Start one member and wait until it serves; its address. Raises its own typed error, or Unavailable."""
         name, give_up = str(config["id"]), time.monotonic() + within_s
@@ -105,8 +148,8 @@ class RayLauncher:
             if self._stopping:
                 raise Unavailable("the cluster is stopping")
             remote: Any = ray.remote(self._actor)
-            made = remote.options(                               # num_cpus 0: any number of members on any machine
-                name=name, namespace=self._marker, num_cpus=0, max_restarts=0, max_concurrency=8,
+            made = remote.options(
+                name=name, namespace=self._marker, max_restarts=0, max_concurrency=8, **self._where(name),
                 runtime_env={"env_vars": child_variables(self._marker, threads)},
             ).remote({**config, "log": str(log_path)})
             self._actors[name] = made
@@ -157,6 +200,9 @@ class RayLauncher:
             self._stopping = True
             ids = list(self._actors)
         self.stop(ids, grace_s=grace_s)
+        if self._group is not None:
+            with contextlib.suppress(RayError):
+                ray.util.remove_placement_group(self._group)
         if not self._connected or not ray.is_initialized():
             return True
         if self.owns_ray and self._others():
@@ -168,6 +214,34 @@ class RayLauncher:
         """Whether actors of another cluster live on our Ray."""
         named: list[Any] = ray.util.list_named_actors(all_namespaces=True)
         return any(n["namespace"].startswith("kvbank-") and n["namespace"] != self._marker for n in named)
+
+
+def _at_home(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A member's config with this machine's address in Ray wherever it says "node"."""
+    host, _, port = config["bind"].rpartition(":")
+    if NODE not in (host, config["settings"].get("host")):
+        return config
+    mine = ray.get_runtime_context().get_node_id()
+    here = next(node["NodeManagerAddress"] for node in _nodes() if node["NodeID"] == mine)
+    settings = {**config["settings"], "host": here} if config["settings"].get("host") == NODE else config["settings"]
+    return {**config, "bind": f"{here}:{port}" if host == NODE else config["bind"], "settings": settings}
+
+
+def _rooms() -> list[Room]:
+    """The machines of this Ray that are alive. Who has taken what is not in Ray's public words: without, all is free."""
+    free: Mapping[str, Wants] = {}
+    with contextlib.suppress(ImportError):
+        from ray._private.state import available_resources_per_node
+        told: Any = available_resources_per_node
+        free = told()
+    return [Room(address=node["NodeManagerAddress"], total=node["Resources"],
+                 free=free.get(node["NodeID"], node["Resources"])) for node in _nodes() if node["Alive"]]
+
+
+def _nodes() -> list[dict[str, Any]]:
+    ask: Any = ray.nodes
+    found: list[dict[str, Any]] = ask()
+    return found
 
 
 def _in_short(error: RayError) -> str:

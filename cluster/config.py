@@ -30,6 +30,7 @@ from kvbank.errors import ConfigError
 ENV_PREFIX = "KVBANK__"
 _ENVIRONMENT = threading.Lock()      # of the process: changed by one at a time
 MARKER = "KVBANK_CLUSTER"            # in the environment of every process a cluster starts; the guardian looks for it
+NODE = "node"                        # as a host: the address that a member's machine has in Ray, filled in there
 MIN_SPANS = 3                        # one being written, one being read, one on its way
 MAX_FILE_BYTES = 1 << 20
 
@@ -52,7 +53,12 @@ class ClusterSettings:
     shards: int = _set("int", 1, "layer ranges, one actor each, that make up a replica", low=1, high=256)
     lenders: int = _set("int", 0, "members that host no model and only lend", low=0, high=1024)
     ray_address: str | None = _set("str", None, "join this Ray (auto or host:port) instead of starting one", none=True)
-    bind_host: str = _set("str", "127.0.0.1", "address on which members talk to each other")
+    worker_cpus: float = _set("float", 1.0, "cores of each model worker on a Ray that is joined; 0: any", low=0, high=1024)
+    lender_cpus: float = _set("float", 1.0, "cores of each lender on a Ray that is joined; 0: any", low=0, high=1024)
+    member_resource: str | None = _set("str", None, "custom Ray resource, of which both take one each", none=True,
+                                       pattern=r"[A-Za-z0-9_.-]{1,64}")
+    place_timeout_s: float = _set("float", 90.0, "longest wait for room on a Ray that is joined", low=1, high=3600)
+    bind_host: str = _set("str", "127.0.0.1", "address on which members talk to each other; node: their machine's in Ray")
     allow_public: bool = _set("bool", False, "allow addresses other than loopback")
     state_dir: str | None = _set("path", None, "where the cache secret and model digests are kept", none=True)
     log_dir: str | None = _set("path", None, "keep the members' logs here; default: a temp folder", none=True)
@@ -334,6 +340,9 @@ def _check(settings: Settings) -> Settings:
             raise ConfigError(f"{key} {host} is not loopback: set cluster.allow_public to true if that is meant")
     if not is_loopback(http.host) and not http.api_keys:
         raise ConfigError(f"http.host {http.host} is not loopback and http.api_keys is empty: anyone could use it")
+    if NODE in (cluster.bind_host, http.host) and (cluster.launcher != "ray" or cluster.ray_address is None):
+        raise ConfigError("'node' as cluster.bind_host or http.host is a machine's address in Ray: it needs launcher 'ray' "
+                          "and cluster.ray_address (auto or host:port); without, write the address")
     if redis not in (None, "embedded") and not re.match(r"(rediss?|unix)://", str(redis)):
         raise ConfigError("tiers.redis must be 'embedded', none, or a URL beginning with redis://, rediss:// or unix://")
     return replace(settings, vault=_whole_spans(settings.vault))
@@ -437,8 +446,11 @@ def marked_environment(marker: str | None) -> Iterator[None]:
 
 
 def threads_per_worker(settings: Settings) -> int:
-    """Torch threads of each member that computes: as configured, else this machine's cores over them, at least 1."""
+    """Torch threads of each member that computes: as configured, else its cores on a Ray that is joined, else this
+    machine's cores over them all; at least 1."""
     if settings.engine.torch_threads:
         return settings.engine.torch_threads
+    if settings.cluster.ray_address is not None and settings.cluster.worker_cpus:
+        return max(1, int(settings.cluster.worker_cpus))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, cores // (settings.cluster.workers * settings.cluster.shards))

@@ -84,6 +84,11 @@ class Host:
         assert status == 0, f"{self.name}: {' '.join(words)[:300]} -> {status} within {within_s:.0f} s\n{text[-6000:]}"
         return subprocess.CompletedProcess(words, status, text, "")
 
+    @property
+    def home(self) -> Path:
+        """Its home folder, as this machine sees it."""
+        return self.folder / os.path.expanduser("~").strip("/").replace("/", "-")
+
     def processes(self) -> list[psutil.Process]:
         """Everything that runs inside, process 1 and sshd excepted."""
         space = os.stat(f"/proc/{self.pid}/ns/pid").st_ino
@@ -96,9 +101,10 @@ class Host:
 
 
 class Rack:
-    """Builds `count` hosts and the place outside them; a context manager."""
+    """Builds `count` hosts and the place outside them; a context manager. `shared`: folders that all of them see."""
 
-    def __init__(self, count: int, *, network: str = "10.77.0") -> None:
+    def __init__(self, count: int, *, network: str = "10.77.0", shared: Sequence[Path] = ()) -> None:
+        self._shared = [str(path.resolve()) for path in shared]
         self.folder = Path(tempfile.mkdtemp(prefix="kvrack-"))
         self.hosts: list[Host] = []
         self._key = self.folder / "key"
@@ -163,7 +169,7 @@ class Rack:
         folder = self.folder / name
         folder.mkdir(mode=0o700)
         plan = {"name": name, "address": address, "folder": str(folder), "hub": HUB if hub else "",
-                "kept": _kept(), "home": self._home(address, hub), "sshd": "" if hub else _tool("sshd"),
+                "kept": _kept(self._shared), "home": self._home(address, hub), "sshd": "" if hub else _tool("sshd"),
                 "links": {"kvbank": str(ROOT), "kvbank-env": sys.prefix}}
         with (self.folder / f"{name}.log").open("w") as log:
             process = subprocess.Popen(
@@ -201,9 +207,9 @@ class Rack:
                        ".sshd/key": host_key.read_text(), ".sshd/config": "\n".join(config) + "\n"}
 
 
-def _kept() -> list[str]:
-    """Real folders that every host must see where they are: this checkout and Python with its packages."""
-    places = sorted({str(ROOT), sys.prefix, sys.base_prefix})
+def _kept(shared: Sequence[str]) -> list[str]:
+    """Real folders that every host must see where they are: this checkout, Python with its packages, what is shared."""
+    places = sorted({str(ROOT), sys.prefix, sys.base_prefix, *shared})
     return [place for place in places if not any(place != other and Path(place).is_relative_to(other) for other in places)]
 
 

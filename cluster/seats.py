@@ -1,0 +1,79 @@
+"""Seats: what each member asks of a Ray that is shared by several machines, and who finds none. Pure functions.
+
+    model worker   cluster.worker_cpus cores, one GPU when it computes on one
+    lender         cluster.lender_cpus cores                              both: one of cluster.member_resource, if named
+    control, gateway   nothing: they stay beside whoever started the cluster, so that their address stays
+
+It knows no Ray: nodes come in as rooms, and who really sits where is Ray's decision (a placement group, spread).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from kvbank.cluster.config import Settings
+
+Wants = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """One machine of the Ray: what it has and what nobody has taken, by Ray's names (CPU, GPU, own ones)."""
+
+    address: str
+    total: Wants
+    free: Wants
+
+
+def seats(settings: Settings) -> dict[str, Wants]:
+    """What each member wants, by member id; empty wants are members that Ray may put anywhere."""
+    cluster = settings.cluster
+    own = {cluster.member_resource: 1.0} if cluster.member_resource else {}
+    gpu = {"GPU": 1.0} if settings.engine.device.startswith("cuda") else {}
+    worker = _above_zero({"CPU": cluster.worker_cpus, **gpu, **own})
+    lender = _above_zero({"CPU": cluster.lender_cpus, **own})
+    models = [member_id(replica, shard) for replica in range(cluster.workers) for shard in range(cluster.shards)]
+    return dict.fromkeys(models, worker) | dict.fromkeys((f"lender-{n}" for n in range(cluster.lenders)), lender)
+
+
+def member_id(replica: int, shard: int) -> str:
+    """`worker-1` leads replica 1; its other shards are `worker-1.1` and so on."""
+    return f"worker-{replica}" + (f".{shard}" if shard else "")
+
+
+def without_seat(wanted: Mapping[str, Wants], rooms: Iterable[Room]) -> list[str]:
+    """Who stays standing when the largest wants are seated first, each where most is free."""
+    free = [dict(room.free) for room in rooms]
+    standing = []
+    for name, wants in sorted(wanted.items(), key=lambda item: (-sum(item[1].values()), item[0])):
+        fitting = [room for room in free if all(room.get(kind, 0.0) >= much for kind, much in wants.items())]
+        if not fitting:
+            standing.append(name)
+            continue
+        room = max(fitting, key=lambda each: sum(each.get(kind, 0.0) for kind in wants))
+        for kind, much in wants.items():
+            room[kind] -= much
+    return standing
+
+
+def shortage(wanted: Mapping[str, Wants], rooms: Sequence[Room]) -> str:
+    """Which members find no room, what is asked for and what is there, machine by machine, and what to do."""
+    standing = without_seat(wanted, rooms)
+    kinds = sorted({kind for wants in wanted.values() for kind in wants})
+    asked = ", ".join(f"{sum(wants.get(kind, 0.0) for wants in wanted.values()):g} {kind}" for kind in kinds)
+    places = "; ".join(f"{room.address}: " + ", ".join(
+        f"{kind} {room.free.get(kind, 0.0):g} free of {room.total.get(kind, 0.0):g}" for kind in kinds
+    ) for room in rooms) or "none"
+    who = ", ".join(f"{name} ({_listed(wanted[name])})" for name in standing) or "nobody in particular: room was just taken"
+    return (f"{len(standing)} of {len(wanted)} members find no room: {who}. In all {asked} are asked for. Machines: {places}. "
+            "Start fewer members, ask for less (cluster.worker_cpus, lender_cpus, member_resource, engine.device), or "
+            "bring more machines (`ray status` tells who is there)")
+
+
+def _above_zero(wants: Wants) -> Wants:
+    return {kind: much for kind, much in wants.items() if much > 0}
+
+
+def _listed(wants: Wants) -> str:
+    return ", ".join(f"{much:g} {kind}" for kind, much in sorted(wants.items())) or "nothing"
