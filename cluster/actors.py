@@ -1,9 +1,11 @@
 """Ray's side of the house: one actor per member, and the launcher that starts them. All of Ray is behind this file.
 
-Ray places, starts and stops actors. On a Ray of several machines every member that holds KV has a seat, one bundle of a
-placement group spread over the machines; a member whose machine died is started again in its seat, which Ray moves to
-a machine with room, or keeps until there is one. No tensor, prompt or token ever rides a Ray call: the actors' methods are start,
-address, pid, stop, and one that never returns, by whose failure the launcher learns of a death without asking.
+Ray places, starts and stops actors. On a Ray of several machines every member that holds KV has a seat: a placement
+group of its own, not one for all, because Ray moves the lost part of a group as a whole or not at all. When a machine
+dies each of its seats moves to a machine with room, or waits for one, and its member is started again there.
+
+No tensor, prompt or token ever rides a Ray call: the actors' methods are start, address, pid, stop, and one that never
+returns, by whose failure the launcher learns of a death without asking.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from kvbank.cluster.config import NODE, child_variables, marked_environment
 from kvbank.cluster.member import Build, Member, build_part, started
 from kvbank.cluster.processes import tail
-from kvbank.cluster.seats import Room, Wants, shortage
+from kvbank.cluster.seats import Room, Wants, arrange, shortage
 from kvbank.errors import ConfigError, KVBankError, Unavailable, from_code
 
 LOOK_S = 1.0                         # between two looks whether Ray has found the room, or somebody gave up
@@ -78,8 +80,7 @@ class RayLauncher:
         self._actors: dict[str, Any] = {}                        # handles
         self._lives: dict[str, Any] = {}
         self._pids: dict[str, int] = {}
-        self._seats: dict[str, tuple[int, Wants]] = {}           # bundle and what it holds, by member
-        self._group: Any = None                                  # the placement group
+        self._seats: dict[str, tuple[Wants, Any]] = {}           # what it holds and its placement group, by member
         self._home: str | None = None                            # this process's node, when members may be elsewhere
         self._stopping = False
         self._connected = not ray.is_initialized()               # by us, so we disconnect
@@ -105,35 +106,39 @@ class RayLauncher:
         with self._lock:
             return {name: pid for name, pid in self._pids.items() if name in self._actors and name not in ended}
 
-    def reserve(self, wanted: Mapping[str, Wants], *, within_s: float) -> None:
-        """Take a seat for each of these members, spread over the machines; whoever is not named stays on this one.
+    def reserve(self, wanted: Mapping[str, Wants], *, machines: int = 1, within_s: float) -> None:
+        """Wait for that many machines, then take a seat for each of these members, spread; others stay on this machine.
 
         Raises ConfigError that says who finds no room, and Unavailable when the cluster stops meanwhile.
         """
-        self._home = ray.get_runtime_context().get_node_id()
-        with_wants = {name: wants for name, wants in wanted.items() if wants}
-        self._seats = {name: (-1, wants) for name, wants in wanted.items()}
-        if not with_wants:
-            return
-        self._seats |= {name: (at, wants) for at, (name, wants) in enumerate(with_wants.items())}
-        group: Any = ray.util.placement_group([dict(wants) for wants in with_wants.values()], strategy="SPREAD",
-                                              name=self._marker)
-        self._group, give_up = group, time.monotonic() + within_s
-        while not group.wait(LOOK_S):
-            if self._stopping:
-                raise Unavailable("the cluster is stopping")
-            if time.monotonic() >= give_up:
-                said = shortage(with_wants, _rooms())
-                ray.util.remove_placement_group(group)
-                raise ConfigError(f"no room on this Ray within {within_s:.0f} s: {said}")
+        self._home, give_up = ray.get_runtime_context().get_node_id(), time.monotonic() + within_s
+        while len(rooms := _rooms()) < machines:
+            self._look_again(give_up, lambda: f"{len(rooms)} of {machines} machines (cluster.machines) are there: "
+                             f"{', '.join(room.address for room in rooms)}. Wait for the others, or ask for fewer")
+            time.sleep(LOOK_S)
+        seated = arrange(wanted, rooms)
+        group: Any = ray.util.placement_group
+        for name, wants in wanted.items():
+            wish = seated[name].node if name in seated else None         # without: Ray looks, and may grow
+            self._seats[name] = wants, group([dict(wants)], strategy="STRICT_PACK", name=f"{self._marker}-{name}",
+                                             _soft_target_node_id=wish) if wants else None
+        for _, seat in self._seats.values():
+            while seat is not None and not seat.wait(LOOK_S):
+                self._look_again(give_up, lambda: shortage(wanted, _rooms(self._marker)))
+
+    def _look_again(self, give_up: float, reason: Callable[[], str]) -> None:
+        if self._stopping:
+            raise Unavailable("the cluster is stopping")
+        if time.monotonic() >= give_up:
+            raise ConfigError(f"no room on this Ray within cluster.place_timeout_s: {reason()}")
 
     def _where(self, name: str) -> dict[str, Any]:
         """Ray's options that put a member into its place."""
-        at, wants = self._seats.get(name, (-1, {}))
+        wants, seat = self._seats.get(name, ({}, None))
         own = {kind: much for kind, much in wants.items() if kind not in ("CPU", "GPU")}
         asks = {"num_cpus": wants.get("CPU", 0), "num_gpus": wants.get("GPU", 0), "resources": own}
-        if at >= 0:
-            return asks | {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, at)}
+        if seat is not None:
+            return asks | {"scheduling_strategy": PlacementGroupSchedulingStrategy(seat, 0)}
         if name in self._seats:
             return asks | {"scheduling_strategy": "SPREAD"}
         if self._home is not None:
@@ -185,6 +190,7 @@ class RayLauncher:
             actors = {name: self._actors.pop(name) for name in ids if name in self._actors}
             for name in actors:
                 self._lives.pop(name, None)
+                self._pids.pop(name, None)                       # while it starts again it has none
         if actors and grace_s > 0:
             with contextlib.suppress(RayError):
                 goodbyes = [actor.stop.remote() for actor in actors.values()]
@@ -200,9 +206,10 @@ class RayLauncher:
             self._stopping = True
             ids = list(self._actors)
         self.stop(ids, grace_s=grace_s)
-        if self._group is not None:
+        for _, seat in self._seats.values():
             with contextlib.suppress(RayError):
-                ray.util.remove_placement_group(self._group)
+                if seat is not None and ray.is_initialized():
+                    ray.util.remove_placement_group(seat)
         if not self._connected or not ray.is_initialized():
             return True
         if self.owns_ray and self._others():
@@ -227,14 +234,24 @@ def _at_home(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, "bind": f"{here}:{port}" if host == NODE else config["bind"], "settings": settings}
 
 
-def _rooms() -> list[Room]:
-    """The machines of this Ray that are alive. Who has taken what is not in Ray's public words: without, all is free."""
-    free: Mapping[str, Wants] = {}
+def _rooms(marker: str = "") -> list[Room]:
+    """The machines of this Ray that are alive; what the seats of `marker`'s cluster already hold counts as free.
+
+    Who has taken what is not in Ray's public words: without them, all is free.
+    """
+    free: dict[str, dict[str, float]] = {}
     with contextlib.suppress(ImportError):
         from ray._private.state import available_resources_per_node
         told: Any = available_resources_per_node
-        free = told()
-    return [Room(address=node["NodeManagerAddress"], total=node["Resources"],
+        free = {node: dict(much) for node, much in told().items()}
+    if marker and free:
+        table: Any = ray.util.placement_group_table
+        for seat in table().values():
+            for at, wants in seat["bundles"].items() if seat["name"].startswith(f"{marker}-") else ():
+                held = free.get(seat["bundles_to_node_id"].get(at, ""), {})
+                for kind, much in wants.items():
+                    held[kind] = held.get(kind, 0.0) + much
+    return [Room(node=node["NodeID"], address=node["NodeManagerAddress"], total=node["Resources"],
                  free=free.get(node["NodeID"], node["Resources"])) for node in _nodes() if node["Alive"]]
 
 

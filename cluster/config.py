@@ -57,6 +57,7 @@ class ClusterSettings:
     lender_cpus: float = _set("float", 1.0, "cores of each lender on a Ray that is joined; 0: any", low=0, high=1024)
     member_resource: str | None = _set("str", None, "custom Ray resource, of which both take one each", none=True,
                                        pattern=r"[A-Za-z0-9_.-]{1,64}")
+    machines: int = _set("int", 1, "a Ray that is joined must have so many before members are placed", low=1, high=10_000)
     place_timeout_s: float = _set("float", 90.0, "longest wait for room on a Ray that is joined", low=1, high=3600)
     bind_host: str = _set("str", "127.0.0.1", "address on which members talk to each other; node: their machine's in Ray")
     allow_public: bool = _set("bool", False, "allow addresses other than loopback")

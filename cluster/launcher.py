@@ -240,7 +240,7 @@ class LocalCluster:
         if joined is not None:
             self._launcher = launcher                            # so that a start that fails here leaves no actor
             self._progress("finding room for the members")
-            launcher.reserve(seats(self.settings), within_s=cluster.place_timeout_s)
+            launcher.reserve(seats(self.settings), machines=cluster.machines, within_s=cluster.place_timeout_s)
         return launcher
 
     def _progress(self, line: str) -> None:

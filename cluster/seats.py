@@ -4,12 +4,12 @@
     lender         cluster.lender_cpus cores                              both: one of cluster.member_resource, if named
     control, gateway   nothing: they stay beside whoever started the cluster, so that their address stays
 
-It knows no Ray: nodes come in as rooms, and who really sits where is Ray's decision (a placement group, spread).
+It knows no Ray: nodes come in as rooms. Where it would seat whom is a wish; what Ray grants is what counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvbank.cluster.config import Settings
@@ -21,6 +21,7 @@ Wants = Mapping[str, float]
 class Room:
     """One machine of the Ray: what it has and what nobody has taken, by Ray's names (CPU, GPU, own ones)."""
 
+    node: str                        # Ray's id of it
     address: str
     total: Wants
     free: Wants
@@ -42,32 +43,35 @@ def member_id(replica: int, shard: int) -> str:
     return f"worker-{replica}" + (f".{shard}" if shard else "")
 
 
-def without_seat(wanted: Mapping[str, Wants], rooms: Iterable[Room]) -> list[str]:
-    """Who stays standing when the largest wants are seated first, each where most is free."""
+def arrange(wanted: Mapping[str, Wants], rooms: Sequence[Room]) -> dict[str, Room]:
+    """A room for each member, as far as they last: the largest wants first, each where fewest of us and most is free."""
     free = [dict(room.free) for room in rooms]
-    standing = []
+    guests = [0] * len(rooms)
+    seated: dict[str, Room] = {}
     for name, wants in sorted(wanted.items(), key=lambda item: (-sum(item[1].values()), item[0])):
-        fitting = [room for room in free if all(room.get(kind, 0.0) >= much for kind, much in wants.items())]
+        fitting = [at for at, room in enumerate(free) if all(room.get(kind, 0.0) >= much for kind, much in wants.items())]
         if not fitting:
-            standing.append(name)
             continue
-        room = max(fitting, key=lambda each: sum(each.get(kind, 0.0) for kind in wants))
+        best = min(fitting, key=lambda at: (guests[at], -sum(free[at].get(kind, 0.0) for kind in wants), at))
+        seated[name] = rooms[best]
+        guests[best] += 1
         for kind, much in wants.items():
-            room[kind] -= much
-    return standing
+            free[best][kind] -= much
+    return seated
 
 
 def shortage(wanted: Mapping[str, Wants], rooms: Sequence[Room]) -> str:
     """Which members find no room, what is asked for and what is there, machine by machine, and what to do."""
-    standing = without_seat(wanted, rooms)
+    seated = arrange(wanted, rooms)
+    standing = [name for name in wanted if name not in seated]
     kinds = sorted({kind for wants in wanted.values() for kind in wants})
     asked = ", ".join(f"{sum(wants.get(kind, 0.0) for wants in wanted.values()):g} {kind}" for kind in kinds)
     places = "; ".join(f"{room.address}: " + ", ".join(
         f"{kind} {room.free.get(kind, 0.0):g} free of {room.total.get(kind, 0.0):g}" for kind in kinds
     ) for room in rooms) or "none"
-    who = ", ".join(f"{name} ({_listed(wanted[name])})" for name in standing) or "nobody in particular: room was just taken"
-    return (f"{len(standing)} of {len(wanted)} members find no room: {who}. In all {asked} are asked for. Machines: {places}. "
-            "Start fewer members, ask for less (cluster.worker_cpus, lender_cpus, member_resource, engine.device), or "
+    who = ", ".join(f"{name} ({_listed(wanted[name])})" for name in standing) or "room was just taken"
+    return (f"{len(standing)} of {len(wanted)} members find no room: {who}. In all {asked} are asked for. "
+            f"Machines: {places}. Start fewer members, ask for less (cluster.worker_cpus, lender_cpus, member_resource, engine.device), or "
             "bring more machines (`ray status` tells who is there)")
 
 

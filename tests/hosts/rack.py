@@ -199,7 +199,8 @@ class Rack:
             return made | {".ssh/kvbank": self._key.read_text()}
         home, host_key = os.path.expanduser("~"), self.folder / f"host-{address}"
         _checked("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", address, "-f", str(host_key))
-        config = [f"ListenAddress {address}:22", f"HostKey {home}/.sshd/key", f"AuthorizedKeysFile {home}/.ssh/authorized_keys",
+        config = [f"ListenAddress {address}:22", f"HostKey {home}/.sshd/key",
+                  f"AuthorizedKeysFile {home}/.ssh/authorized_keys",
                   "PasswordAuthentication no", "KbdInteractiveAuthentication no", "UsePAM no", "StrictModes no",
                   "PermitRootLogin prohibit-password", "PidFile none", "UseDNS no", "MaxStartups 50",
                   f"SetEnv PATH={os.environ.get('PATH', '')}:/usr/sbin:/sbin"]
@@ -210,7 +211,7 @@ class Rack:
 def _kept(shared: Sequence[str]) -> list[str]:
     """Real folders that every host must see where they are: this checkout, Python with its packages, what is shared."""
     places = sorted({str(ROOT), sys.prefix, sys.base_prefix, *shared})
-    return [place for place in places if not any(place != other and Path(place).is_relative_to(other) for other in places)]
+    return [one for one in places if not any(one != other and Path(one).is_relative_to(other) for other in places)]
 
 
 def _first_child(process: subprocess.Popen[str]) -> int:
