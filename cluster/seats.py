@@ -71,8 +71,8 @@ def shortage(wanted: Mapping[str, Wants], rooms: Sequence[Room]) -> str:
     ) for room in rooms) or "none"
     who = ", ".join(f"{name} ({_listed(wanted[name])})" for name in standing) or "room was just taken"
     return (f"{len(standing)} of {len(wanted)} members find no room: {who}. In all {asked} are asked for. "
-            f"Machines: {places}. Start fewer members, ask for less (cluster.worker_cpus, lender_cpus, member_resource, engine.device), or "
-            "bring more machines (`ray status` tells who is there)")
+            f"Machines: {places}. Start fewer members, ask for less (cluster.worker_cpus, lender_cpus, member_resource, "
+            "engine.device), or bring more machines (`ray status` tells who is there)")
 
 
 def _above_zero(wants: Wants) -> Wants:
