@@ -75,7 +75,8 @@ def test_ray_up_serves_jobs_across_machines_through_a_cut_cable_and_a_dead_machi
 
 
 ALONE = """
-import os, time
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)         # a background job inherits that it is ignored
 from tests.hosts.rack import Rack
 with Rack(1) as rack:
     print(rack.folder, *(os.readlink(f"/proc/{host.pid}/ns/net") for host in (rack.outside, *rack.hosts)), flush=True)
