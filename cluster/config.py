@@ -446,6 +446,23 @@ def marked_environment(marker: str | None) -> Iterator[None]:
                     os.environ[name] = text
 
 
+@dataclass(frozen=True, slots=True)
+class RayAuth:
+    """How this process would show itself to a Ray: `mode` as set, whether the token is `given` itself, else its file."""
+
+    mode: str
+    given: bool
+    path: Path | None
+
+
+def ray_auth(environ: Mapping[str, str] | None = None) -> RayAuth:
+    """Ray's own variables, as Ray reads them. The token is not among what is returned."""
+    env = os.environ if environ is None else environ
+    given = bool(env.get("RAY_AUTH_TOKEN"))
+    path = None if given else Path(env.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return RayAuth(env.get("RAY_AUTH_MODE", "").lower(), given, path)
+
+
 def threads_per_worker(settings: Settings) -> int:
     """Torch threads of each member that computes: as configured, else its cores on a Ray that is joined, else this
     machine's cores over them all; at least 1."""
