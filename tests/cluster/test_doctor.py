@@ -62,7 +62,8 @@ def redis_server(tmp_path: Path) -> Iterator[Callable[..., str]]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         words = [find_server(), "--port", str(port), "--bind", "127.0.0.1", "--requirepass", "right", "--dir", str(tmp_path)]
-        running.append(subprocess.Popen([*words, *(word for pair in flags.items() for word in pair)], stdout=subprocess.PIPE, text=True))
+        words += [word for name, text in flags.items() for word in (name, *(text.split() or [""]))]
+        running.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
         assert running[-1].stdout is not None
         for line in running[-1].stdout:
             if "ready to accept" in line.lower():
@@ -256,7 +257,8 @@ def spoil(path: Path) -> None:
 @pytest.mark.parametrize(("name", "harm", "what", "remedy"), [
     ("config.json", Path.unlink, "model config", "config.json"), ("config.json", spoil, "model config", "Llama family"),
     ("tokenizer.json", Path.unlink, "model tokenizer", "AutoTokenizer"), ("tokenizer.json", spoil, "model tokenizer", "save"),
-    ("model.safetensors", Path.unlink, "model weights", "download"), ("model.safetensors", spoil, "model weights", "cut short"),
+    ("model.safetensors", Path.unlink, "model weights", "download"),
+    ("model.safetensors", spoil, "model weights", "cut short"),
 ])
 def test_a_model_folder_with_a_broken_part_is_found(model: Path, name: str, harm, what: str, remedy: str) -> None:
     mine = settings(model=str(model))
