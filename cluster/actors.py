@@ -16,6 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,9 @@ class RayLauncher:
         Raises ConfigError that says who finds no room, and Unavailable when the cluster stops meanwhile.
         """
         self._home, give_up = ray.get_runtime_context().get_node_id(), time.monotonic() + within_s
-        while len(rooms := _rooms()) < machines:
-            self._look_again(give_up, lambda: f"{len(rooms)} of {machines} machines (cluster.machines) are there: "
-                             f"{', '.join(room.address for room in rooms)}. Wait for the others, or ask for fewer")
+        while len(rooms := self._unless_stopping(_rooms)) < machines:
+            _still(give_up, lambda: f"{len(rooms)} of {machines} machines (cluster.machines) are there: "
+                   f"{', '.join(room.address for room in rooms)}. Wait for the others, or ask for fewer")
             time.sleep(LOOK_S)
         seated = arrange(wanted, rooms)
         group: Any = ray.util.placement_group
@@ -123,14 +124,15 @@ class RayLauncher:
             self._seats[name] = wants, group([dict(wants)], strategy="STRICT_PACK", name=f"{self._marker}-{name}",
                                              _soft_target_node_id=wish) if wants else None
         for _, seat in self._seats.values():
-            while seat is not None and not seat.wait(LOOK_S):
-                self._look_again(give_up, lambda: shortage(wanted, _rooms(self._marker)))
+            while seat is not None and not self._unless_stopping(partial(seat.wait, LOOK_S)):
+                _still(give_up, lambda: shortage(wanted, self._unless_stopping(partial(_rooms, self._marker))))
 
-    def _look_again(self, give_up: float, reason: Callable[[], str]) -> None:
-        if self._stopping:
-            raise Unavailable("the cluster is stopping")
-        if time.monotonic() >= give_up:
-            raise ConfigError(f"no room on this Ray within cluster.place_timeout_s: {reason()}")
+    def _unless_stopping(self, ask: Callable[[], Any]) -> Any:
+        """Ask Ray something that `close` must not interrupt: a Ray that has just been left would be started anew."""
+        with self._lock:
+            if self._stopping:
+                raise Unavailable("the cluster is stopping")
+            return ask()
 
     def _where(self, name: str) -> dict[str, Any]:
         """Ray's options that put a member into its place."""
@@ -232,6 +234,11 @@ def _at_home(config: Mapping[str, Any]) -> Mapping[str, Any]:
     here = next(node["NodeManagerAddress"] for node in _nodes() if node["NodeID"] == mine)
     settings = {**config["settings"], "host": here} if config["settings"].get("host") == NODE else config["settings"]
     return {**config, "bind": f"{here}:{port}" if host == NODE else config["bind"], "settings": settings}
+
+
+def _still(give_up: float, reason: Callable[[], str]) -> None:
+    if time.monotonic() >= give_up:
+        raise ConfigError(f"no room on this Ray within cluster.place_timeout_s: {reason()}")
 
 
 def _rooms(marker: str = "") -> list[Room]:

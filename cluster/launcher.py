@@ -185,7 +185,6 @@ class LocalCluster:
 
     def _start(self) -> None:
         cluster, tiers, http = self.settings.cluster, self.settings.tiers, self.settings.http
-        give_up = time.monotonic() + cluster.start_timeout_s
         if http.port and http.host != NODE:
             _check_port(http.host, http.port)
         if tiers.redis == "embedded" and not is_loopback(cluster.bind_host):
@@ -212,6 +211,7 @@ class LocalCluster:
             self._guardian.watch(self._redis.pid or 0)
             self._progress("redis is ready")
         self._launcher = self._make_launcher(marker, logs)
+        give_up = time.monotonic() + cluster.start_timeout_s     # finding room on a Ray has a limit of its own
 
         settings = self.settings.flat() | ({"redis": self._redis.url} if self._redis is not None else {})
         common = {"token": self.token, "settings": settings, "cache_secret": secret, "model_digest": digest,
