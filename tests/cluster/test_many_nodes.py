@@ -33,7 +33,7 @@ rays = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": 
 def add(**more):
     return rays.add_node(num_cpus=2, resources={"bank": 2}, object_store_memory=80 << 20, **more)
 
-def until(true, within_s=60):
+def until(true, within_s=150):
     give_up = time.monotonic() + within_s
     while not true():
         assert time.monotonic() < give_up, "waited in vain"
@@ -63,7 +63,7 @@ try:
 except ConfigError as error:
     print(json.dumps({"refused": str(error)}), flush=True)
 
-with toy(workers=1, lenders=2, config={"start_timeout_s": 30}) as cluster:
+with toy(workers=1, lenders=2, config={"start_timeout_s": 120}) as cluster:
     print(json.dumps({"placed": homes(cluster)}), flush=True)
     crowded = max("ab", key=lambda name: list(homes(cluster).values()).count(name))     # of two, one finds room
     lost = {name for name, home in homes(cluster).items() if home == crowded}
@@ -82,13 +82,14 @@ os.rmdir("/tmp/ray") if not os.listdir("/tmp/ray") else None
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(450)
 def test_members_sit_apart_say_who_finds_no_room_and_outlive_their_nodes(tmp_path: Path) -> None:
     model = write_random_model(tmp_path / "model", hidden_size=32, num_layers=1, heads=2, kv_heads=1)
     temp = Path("/tmp") / f"kvt-nodes-{os.getpid()}"
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-c", DRIVER, str(model), str(HERE), str(temp)], capture_output=True, text=True,
-            timeout=280, stdin=subprocess.DEVNULL, cwd="/",
+            timeout=420, stdin=subprocess.DEVNULL, cwd="/",
             env={**os.environ, "PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(tmp_path / "state"),
                  "RAY_USAGE_STATS_ENABLED": "0"},
         )
