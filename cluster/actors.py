@@ -1,7 +1,11 @@
 """Ray's side of the house: one actor per member, and the launcher that starts them. All of Ray is behind this file.
 
-Ray places, starts and stops actors. No tensor, prompt or token ever rides a Ray call: the actors' methods are start,
-address, pid, stop, and one that never returns, by whose failure the launcher learns of a death without asking.
+Ray places, starts and stops actors. On a Ray of several machines every member that holds KV has a seat: a placement
+group of its own, not one for all, because Ray moves the lost part of a group as a whole or not at all. When a machine
+dies each of its seats moves to a machine with room, or waits for one, and its member is started again there.
+
+No tensor, prompt or token ever rides a Ray call: the actors' methods are start, address, pid, stop, and one that never
+returns, by whose failure the launcher learns of a death without asking.
 """
 
 from __future__ import annotations
@@ -11,19 +15,23 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from kvbank.cluster.config import child_variables, marked_environment
+from kvbank.cluster.config import NODE, child_variables, marked_environment
 from kvbank.cluster.logs import secrets_of, set_up
 from kvbank.cluster.member import Build, Member, build_part, started
 from kvbank.cluster.processes import tail
+from kvbank.cluster.seats import Room, Wants, arrange, shortage
 from kvbank.errors import ConfigError, KVBankError, Unavailable, from_code
 
+LOOK_S = 1.0                         # between two looks whether Ray has found the room, or somebody gave up
 OBJECT_STORE_BYTES = 80 << 20        # about Ray's minimum: nothing of ours travels through it
 
 
@@ -36,7 +44,7 @@ class MemberActor:
             os.dup2(output, 1)
             os.dup2(output, 2)
         set_up(config["id"], config.get("settings", {}), secrets_of(config))
-        self._member = Member(config, build=build)
+        self._member = Member(_at_home(config), build=build)
 
     def start(self) -> dict[str, Any]:
         """`{"address", "pid"}` once it serves, else `{"error", "message"}`."""
@@ -74,6 +82,8 @@ class RayLauncher:
         self._actors: dict[str, Any] = {}                        # handles
         self._lives: dict[str, Any] = {}
         self._pids: dict[str, int] = {}
+        self._seats: dict[str, tuple[Wants, Any]] = {}           # what it holds and its placement group, by member
+        self._home: str | None = None                            # this process's node, when members may be elsewhere
         self._stopping = False
         self._connected = not ray.is_initialized()               # by us, so we disconnect
         self.owns_ray = self._connected and address is None
@@ -98,6 +108,46 @@ class RayLauncher:
         with self._lock:
             return {name: pid for name, pid in self._pids.items() if name in self._actors and name not in ended}
 
+    def reserve(self, wanted: Mapping[str, Wants], *, machines: int = 1, within_s: float) -> None:
+        """Wait for that many machines, then take a seat for each of these members, spread; others stay on this machine.
+
+        Raises ConfigError that says who finds no room, and Unavailable when the cluster stops meanwhile.
+        """
+        self._home, give_up = ray.get_runtime_context().get_node_id(), time.monotonic() + within_s
+        while len(rooms := self._unless_stopping(_rooms)) < machines:
+            _still(give_up, lambda: f"{len(rooms)} of {machines} machines (cluster.machines) are there: "
+                   f"{', '.join(room.address for room in rooms)}. Wait for the others, or ask for fewer")
+            time.sleep(LOOK_S)
+        seated = arrange(wanted, rooms)
+        group: Any = ray.util.placement_group
+        for name, wants in wanted.items():
+            wish = seated[name].node if name in seated else None         # without: Ray looks, and may grow
+            self._seats[name] = wants, group([dict(wants)], strategy="STRICT_PACK", name=f"{self._marker}-{name}",
+                                             _soft_target_node_id=wish) if wants else None
+        for _, seat in self._seats.values():
+            while seat is not None and not self._unless_stopping(partial(seat.wait, LOOK_S)):
+                _still(give_up, lambda: shortage(wanted, self._unless_stopping(partial(_rooms, self._marker))))
+
+    def _unless_stopping(self, ask: Callable[[], Any]) -> Any:
+        """Ask Ray something that `close` must not interrupt: a Ray that has just been left would be started anew."""
+        with self._lock:
+            if self._stopping:
+                raise Unavailable("the cluster is stopping")
+            return ask()
+
+    def _where(self, name: str) -> dict[str, Any]:
+        """Ray's options that put a member into its place."""
+        wants, seat = self._seats.get(name, ({}, None))
+        own = {kind: much for kind, much in wants.items() if kind not in ("CPU", "GPU")}
+        asks = {"num_cpus": wants.get("CPU", 0), "num_gpus": wants.get("GPU", 0), "resources": own}
+        if seat is not None:
+            return asks | {"scheduling_strategy": PlacementGroupSchedulingStrategy(seat, 0)}
+        if name in self._seats:
+            return asks | {"scheduling_strategy": "SPREAD"}
+        if self._home is not None:
+            return asks | {"scheduling_strategy": NodeAffinitySchedulingStrategy(self._home, soft=False)}
+        return asks                                              # num_cpus 0: any number of members on this machine
+
     def start(self, config: Mapping[str, Any], *, threads: int = 1, within_s: float = 60.0) -> str:
         """Start one member and wait until it serves; its address. Raises its own typed error, or Unavailable."""
         name, give_up = str(config["id"]), time.monotonic() + within_s
@@ -106,8 +156,8 @@ class RayLauncher:
             if self._stopping:
                 raise Unavailable("the cluster is stopping")
             remote: Any = ray.remote(self._actor)
-            made = remote.options(                               # num_cpus 0: any number of members on any machine
-                name=name, namespace=self._marker, num_cpus=0, max_restarts=0, max_concurrency=8,
+            made = remote.options(
+                name=name, namespace=self._marker, max_restarts=0, max_concurrency=8, **self._where(name),
                 runtime_env={"env_vars": child_variables(self._marker, threads)},
             ).remote({**config, "log": str(log_path)})
             self._actors[name] = made
@@ -143,6 +193,7 @@ class RayLauncher:
             actors = {name: self._actors.pop(name) for name in ids if name in self._actors}
             for name in actors:
                 self._lives.pop(name, None)
+                self._pids.pop(name, None)                       # while it starts again it has none
         if actors and grace_s > 0:
             with contextlib.suppress(RayError):
                 goodbyes = [actor.stop.remote() for actor in actors.values()]
@@ -158,6 +209,10 @@ class RayLauncher:
             self._stopping = True
             ids = list(self._actors)
         self.stop(ids, grace_s=grace_s)
+        for _, seat in self._seats.values():
+            with contextlib.suppress(RayError):
+                if seat is not None and ray.is_initialized():
+                    ray.util.remove_placement_group(seat)
         if not self._connected or not ray.is_initialized():
             return True
         if self.owns_ray and self._others():
@@ -169,6 +224,49 @@ class RayLauncher:
         """Whether actors of another cluster live on our Ray."""
         named: list[Any] = ray.util.list_named_actors(all_namespaces=True)
         return any(n["namespace"].startswith("kvbank-") and n["namespace"] != self._marker for n in named)
+
+
+def _at_home(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A member's config with this machine's address in Ray wherever it says "node"."""
+    host, _, port = config["bind"].rpartition(":")
+    if NODE not in (host, config["settings"].get("host")):
+        return config
+    mine = ray.get_runtime_context().get_node_id()
+    here = next(node["NodeManagerAddress"] for node in _nodes() if node["NodeID"] == mine)
+    settings = {**config["settings"], "host": here} if config["settings"].get("host") == NODE else config["settings"]
+    return {**config, "bind": f"{here}:{port}" if host == NODE else config["bind"], "settings": settings}
+
+
+def _still(give_up: float, reason: Callable[[], str]) -> None:
+    if time.monotonic() >= give_up:
+        raise ConfigError(f"no room on this Ray within cluster.place_timeout_s: {reason()}")
+
+
+def _rooms(marker: str = "") -> list[Room]:
+    """The machines of this Ray that are alive; what the seats of `marker`'s cluster already hold counts as free.
+
+    Who has taken what is not in Ray's public words: without them, all is free.
+    """
+    free: dict[str, dict[str, float]] = {}
+    with contextlib.suppress(ImportError):
+        from ray._private.state import available_resources_per_node
+        told: Any = available_resources_per_node
+        free = {node: dict(much) for node, much in told().items()}
+    if marker and free:
+        table: Any = ray.util.placement_group_table
+        for seat in table().values():
+            for at, wants in seat["bundles"].items() if seat["name"].startswith(f"{marker}-") else ():
+                held = free.get(seat["bundles_to_node_id"].get(at, ""), {})
+                for kind, much in wants.items():
+                    held[kind] = held.get(kind, 0.0) + much
+    return [Room(node=node["NodeID"], address=node["NodeManagerAddress"], total=node["Resources"],
+                 free=free.get(node["NodeID"], node["Resources"])) for node in _nodes() if node["Alive"]]
+
+
+def _nodes() -> list[dict[str, Any]]:
+    ask: Any = ray.nodes
+    found: list[dict[str, Any]] = ask()
+    return found
 
 
 def _in_short(error: RayError) -> str:

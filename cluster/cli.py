@@ -125,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     certs.add_argument("--name", dest="names", action="append", help="a name or address of the gateway; may be repeated")
     certs.add_argument("--days", type=int, default=90, help="how long they are valid")
 
-    verb("doctor", _doctor, "check this machine: versions, Redis, memory, ports, a round trip through the tiers")
+    doctor = verb("doctor", _doctor, "check this machine, and what a cluster with these settings would need of it")
+    _add_cluster_flags(doctor)
 
     plan = verb("plan", _plan, "say how many tokens fit where, for a model and a cluster")
     _add_cluster_flags(plan)
@@ -473,9 +474,9 @@ def _bench(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from kvbank.cluster.doctor import examine
 
-    findings = []
+    settings, findings = _settings(args), []
     with console(to_stderr=True).status("examining") as shown:
-        for finding in examine(_folder()):
+        for finding in examine(settings, state_dir(settings), config=args.config):
             shown.update(finding.what)
             findings.append(finding)
     well = all(finding.state != "bad" for finding in findings)
@@ -483,7 +484,7 @@ def _doctor(args: argparse.Namespace) -> int:
         _print_json({"ok": well, "findings": [asdict(finding) for finding in findings]})
     else:
         marks = {"good": "[green]good[/]", "warn": "[yellow]warn[/]", "bad": "[red]bad[/]"}
-        rows = [(marks[f.state], f.what, f.detail) for f in findings]
+        rows = [(marks[f.state], f.what, f.detail + (f"\n-> {f.remedy}" if f.remedy else "")) for f in findings]
         console().print(table("kvbank doctor", ("", "what", "found"), rows, right=3))
     return 0 if well else 1
 

@@ -30,6 +30,7 @@ from kvbank.errors import ConfigError
 ENV_PREFIX = "KVBANK__"
 _ENVIRONMENT = threading.Lock()      # of the process: changed by one at a time
 MARKER = "KVBANK_CLUSTER"            # in the environment of every process a cluster starts; the guardian looks for it
+NODE = "node"                        # as a host: the address that a member's machine has in Ray, filled in there
 MIN_SPANS = 3                        # one being written, one being read, one on its way
 MAX_FILE_BYTES = 1 << 20
 
@@ -52,7 +53,13 @@ class ClusterSettings:
     shards: int = _set("int", 1, "layer ranges, one actor each, that make up a replica", low=1, high=256)
     lenders: int = _set("int", 0, "members that host no model and only lend", low=0, high=1024)
     ray_address: str | None = _set("str", None, "join this Ray (auto or host:port) instead of starting one", none=True)
-    bind_host: str = _set("str", "127.0.0.1", "address on which members talk to each other")
+    worker_cpus: float = _set("float", 1.0, "cores of each model worker on a Ray that is joined; 0: any", low=0, high=1024)
+    lender_cpus: float = _set("float", 1.0, "cores of each lender on a Ray that is joined; 0: any", low=0, high=1024)
+    member_resource: str | None = _set("str", None, "custom Ray resource, of which both take one each", none=True,
+                                       pattern=r"[A-Za-z0-9_.-]{1,64}")
+    machines: int = _set("int", 1, "a Ray that is joined must have so many before members are placed", low=1, high=10_000)
+    place_timeout_s: float = _set("float", 90.0, "longest wait for room on a Ray that is joined", low=1, high=3600)
+    bind_host: str = _set("str", "127.0.0.1", "address on which members talk to each other; node: their machine's in Ray")
     allow_public: bool = _set("bool", False, "allow addresses other than loopback: they need certificates and API keys")
     allow_plaintext: bool = _set("bool", False, "allow them without certificates: the network itself is trusted, all of it")
     tls_dir: str | None = _set("path", None, "certificates for all traffic between members; `kvbank certs` makes them", none=True)
@@ -392,6 +399,9 @@ def _check(settings: Settings) -> Settings:
         if not http.tls_cert and not cluster.allow_plaintext:
             raise ConfigError(f"http.host {http.host} is not loopback, and API keys and prompts would travel in clear: set "
                               "http.tls_cert and http.tls_key, or cluster.allow_plaintext to true behind a proxy that does")
+    if NODE in (cluster.bind_host, http.host) and (cluster.launcher != "ray" or cluster.ray_address is None):
+        raise ConfigError("'node' as cluster.bind_host or http.host is a machine's address in Ray: it needs launcher 'ray' "
+                          "and cluster.ray_address (auto or host:port); without, write the address")
     if redis not in (None, "embedded") and not re.match(r"(rediss?|unix)://", str(redis)):
         raise ConfigError("tiers.redis must be 'embedded', none, or a URL beginning with redis://, rediss:// or unix://")
     if settings.tracing.exporter == "file" and settings.tracing.trace_dir is None:
@@ -496,9 +506,29 @@ def marked_environment(marker: str | None) -> Iterator[None]:
                     os.environ[name] = text
 
 
+@dataclass(frozen=True, slots=True)
+class RayAuth:
+    """How this process would show itself to a Ray: `mode` as set, whether the token is `given` itself, else its file."""
+
+    mode: str
+    given: bool
+    path: Path | None
+
+
+def ray_auth(environ: Mapping[str, str] | None = None) -> RayAuth:
+    """Ray's own variables, as Ray reads them. The token is not among what is returned."""
+    env = os.environ if environ is None else environ
+    given = bool(env.get("RAY_AUTH_TOKEN"))
+    path = None if given else Path(env.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return RayAuth(env.get("RAY_AUTH_MODE", "").lower(), given, path)
+
+
 def threads_per_worker(settings: Settings) -> int:
-    """Torch threads of each member that computes: as configured, else this machine's cores over them, at least 1."""
+    """Torch threads of each member that computes: as configured, else its cores on a Ray that is joined, else this
+    machine's cores over them all; at least 1."""
     if settings.engine.torch_threads:
         return settings.engine.torch_threads
+    if settings.cluster.ray_address is not None and settings.cluster.worker_cpus:
+        return max(1, int(settings.cluster.worker_cpus))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, cores // (settings.cluster.workers * settings.cluster.shards))

@@ -1,107 +1,55 @@
 """Doctor: looks at this machine the way a cluster would use it, and says what it found and what to do.
 
+    machine_health    packages, limits, clock, GPU, ports: whatever is to run here
+    settings_health   doors, secrets, Redis, model, memory: with the settings of one cluster
+    here              the order of the visit, and what is tried out: gRPC with a token, a round trip through the tiers
+
 Each check is one function that yields findings; a check that breaks is itself a finding. Nothing is left behind.
 """
 
 from __future__ import annotations
 
 import os
-import platform
-import resource
-import shutil
-import socket
-import stat
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-import kvbank
-from kvbank.cluster import statefile
-from kvbank.cluster.screen import size
+from kvbank.cluster import machine_health, settings_health, statefile
+from kvbank.cluster.config import Settings
+from kvbank.cluster.finding import Finding, good
+from kvbank.cluster.machine_health import Machine
 from kvbank.errors import ConfigError
 
-PACKAGES = ("torch", "ray", "grpcio", "protobuf", "fastapi", "uvicorn", "httpx", "redis", "safetensors", "tokenizers",
-            "numpy", "msgpack", "prometheus_client")
-ENOUGH_FILES = 1024
-ENOUGH_MEMORY = 4 << 30
-RAY_PORT = 6379                      # a Ray head and a Redis both like it
 
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at. `state` is good, warn or bad; bad means that a cluster cannot work."""
-
-    what: str
-    state: str
-    detail: str
-
-
-def examine(state_folder: Path) -> Iterator[Finding]:
-    """Every finding, as it is made."""
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        _versions, _machine, _memory, _ports, _grpc, lambda: _state(state_folder), _redis, _tiers,
+def examine(settings: Settings, state_folder: Path, *, config: Path | None = None,
+            machine: Machine | None = None) -> Iterator[Finding]:
+    """Every finding, as it is made. `config` is the file that `settings` came from; `machine` is this one if not given."""
+    seen = machine or Machine.seen()
+    checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
+        ("packages", machine_health.packages), ("kvbank", lambda: machine_health.copies(sys.path)),
+        ("limits", lambda: machine_health.limits(seen)), ("clock", lambda: machine_health.clock(seen)),
+        ("gpu", lambda: machine_health.gpu(settings.engine.device)), ("ports", machine_health.ports), ("grpc", _grpc),
+        ("doors", lambda: settings_health.doors(settings)),
+        ("secrets", lambda: settings_health.secrets(settings, state_folder, config)),
+        ("locks", lambda: settings_health.locks(settings, seen.now)),
+        ("clusters", lambda: _clusters(state_folder)), ("redis", lambda: settings_health.redis(settings)),
+        ("tiers", _tiers), ("model", lambda: settings_health.model(settings)),
+        ("memory", lambda: settings_health.memory(settings, seen)),
     )
-    for check in checks:
+    for name, check in checks:
         try:
             yield from check()
         except Exception as error:                   # a doctor must get to the end of the visit
-            name = getattr(check, "__name__", "state").strip("_")
-            yield Finding(name, "bad", f"the check itself failed: {type(error).__name__}: {error}")
+            yield Finding(name, "bad", f"the check itself failed: {type(error).__name__}: {error}",
+                          "tell us, with what `kvbank doctor --json` prints")
 
 
-def _versions() -> Iterator[Finding]:
-    python = platform.python_version()
-    yield Finding("python", "good" if sys.version_info >= (3, 11) else "bad", python)
-    yield Finding("kvbank", "good", kvbank.__version__)
-    for package in PACKAGES:
-        try:
-            yield Finding(package, "good", version(package))
-        except PackageNotFoundError:
-            spare = package == "ray"
-            remedy = "missing; launcher='process' works without it" if spare else "missing: install kvbank again"
-            yield Finding(package, "warn" if spare else "bad", remedy)
-
-
-def _machine() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    yield Finding("cores", "good" if cores > 1 else "warn", f"{cores} for this process")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = soft < ENOUGH_FILES
-    yield Finding("open files", "warn" if few else "good",
-                  f"{soft} of {hard}" + ("; raise it: ulimit -n 4096" if few else ""))
-    card = shutil.which("nvidia-smi")
-    yield Finding("gpu", "good", "nvidia-smi is there; device=cuda may work" if card else "none seen; device=cpu works")
-
-
-def _memory() -> Iterator[Finding]:
-    import psutil
-
-    free = psutil.virtual_memory().available
-    yield Finding("free memory", "good" if free >= ENOUGH_MEMORY else "warn", size(free))
-    shared = Path("/dev/shm")
-    if not shared.is_dir():
-        yield Finding("shared memory", "warn", "no /dev/shm: Ray falls back to files, which is slow")
-        return
-    room = shutil.disk_usage(shared).free
-    yield Finding("shared memory", "good" if room >= 1 << 30 else "warn",
-                  f"{size(room)} free" + ("" if room >= 1 << 30 else "; Ray wants more: docker run --shm-size=2g"))
-
-
-def _ports() -> Iterator[Finding]:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        yield Finding("loopback", "good", "a port can be bound")
-    with socket.socket() as asked:
-        asked.settimeout(0.5)
-        taken = asked.connect_ex(("127.0.0.1", RAY_PORT)) == 0
-    yield Finding(f"port {RAY_PORT}", "warn" if taken else "good",
-                  "something listens there: a Redis would clash with a Ray head (kvbank's own use other ports)"
-                  if taken else "free")
+def _clusters(folder: Path) -> Iterator[Finding]:
+    names = ", ".join(f"{c.name} at {c.address or '(starting)'}" for c in statefile.known(folder))
+    yield good("clusters", names or "none up")
 
 
 def _grpc() -> Iterator[Finding]:
@@ -128,26 +76,8 @@ def _grpc() -> Iterator[Finding]:
         server.stop(1.0).wait()
     yield Finding("grpc", "good" if same and kept_out else "bad",
                   "bytes come back, and a call without the token is refused" if same and kept_out else
-                  f"bytes came back: {same}, stranger refused: {kept_out}")
-
-
-def _state(folder: Path) -> Iterator[Finding]:
-    mode = stat.S_IMODE(folder.stat().st_mode)
-    private = not mode & 0o077
-    yield Finding("state folder", "good" if private else "warn",
-                  f"mode {mode:04o}" + ("" if private else ": others can look in; chmod 700"))
-    clusters = statefile.known(folder)
-    names = ", ".join(f"{c.name} at {c.address or '(starting)'}" for c in clusters)
-    yield Finding("clusters", "good", names or "none up")
-
-
-def _redis() -> Iterator[Finding]:
-    from kvbank.kvstore.tiers.embedded_redis import find_server
-
-    try:
-        yield Finding("redis-server", "good", find_server())
-    except ConfigError as error:
-        yield Finding("redis-server", "warn", str(error))
+                  f"bytes came back: {same}, stranger refused: {kept_out}",
+                  "" if same and kept_out else "pip install --force-reinstall grpcio; unset http_proxy")
 
 
 def _tiers() -> Iterator[Finding]:
@@ -172,7 +102,8 @@ def _tiers() -> Iterator[Finding]:
         found = store.get(keys)
         store.close()
         whole = all(bytes(found[h.key].payload) == payload for h, payload in frames if h.key in found)
-        yield Finding("tiers", "warn" if whole and len(found) == 8 else "bad", f"host only; no private Redis: {error}")
+        yield Finding("tiers", "warn" if whole and len(found) == 8 else "bad", f"host only; no private Redis: {error}",
+                      "pip install 'kvbank[embedded]', or set tiers.redis to a URL or none")
         return
     with server:
         redis = RedisTier(server.url, limit_bytes=32 << 20, layers="0-2", value_bytes=2 * layout.slot_bytes,
@@ -187,10 +118,10 @@ def _tiers() -> Iterator[Finding]:
             seen = _seen_by_redis_py(server.url)
         finally:
             store.close()
-    good = flushed and right == len(frames) == seen and "redis" in sources
-    yield Finding("tiers", "good" if good else "bad",
+    good_trip = flushed and right == len(frames) == seen and "redis" in sources
+    yield Finding("tiers", "good" if good_trip else "bad",
                   f"{right} of {len(frames)} spans came back byte for byte, from {' and '.join(sources) or 'nowhere'}; "
-                  f"redis-py counts {seen} in Redis")
+                  f"redis-py counts {seen} in Redis", "" if good_trip else "look for another program on this Redis; tell us")
 
 
 def _seen_by_redis_py(url: str) -> int:

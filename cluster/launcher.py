@@ -28,9 +28,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Final, Protocol
 
-from kvbank.cluster.config import Settings, load, marked_environment, state_dir, threads_per_worker
+from kvbank.cluster.config import NODE, Settings, is_loopback, load, marked_environment, state_dir, threads_per_worker
 from kvbank.cluster.guardian import Guardian
 from kvbank.cluster.processes import MEMBER_PROGRAM, ProcessLauncher
+from kvbank.cluster.seats import member_id, seats
 from kvbank.errors import ConfigError, KVBankError, ModelError, Unavailable
 from kvbank.kvstore.hashing import load_secret, model_digest
 from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis
@@ -184,9 +185,11 @@ class LocalCluster:
 
     def _start(self) -> None:
         cluster, tiers, http = self.settings.cluster, self.settings.tiers, self.settings.http
-        give_up = time.monotonic() + cluster.start_timeout_s
-        if http.port:
+        if http.port and http.host != NODE:
             _check_port(http.host, http.port)
+        if tiers.redis == "embedded" and not is_loopback(cluster.bind_host):
+            raise ConfigError("tiers.redis embedded is a Redis for this machine alone: for members on several machines give "
+                              "the URL of one that all reach (redis://:password@host:port/0), or none")
         if tiers.redis not in (None, "embedded"):
             probe(str(tiers.redis))
         if cluster.launcher == "ray" and cluster.ray_address not in (None, "auto"):
@@ -208,6 +211,7 @@ class LocalCluster:
             self._guardian.watch(self._redis.pid or 0)
             self._progress("redis is ready")
         self._launcher = self._make_launcher(marker, logs)
+        give_up = time.monotonic() + cluster.start_timeout_s     # finding room on a Ray has a limit of its own
 
         settings = self.settings.flat() | ({"redis": self._redis.url} if self._redis is not None else {})
         common = {"token": self.token, "settings": settings, "cache_secret": secret, "model_digest": digest,
@@ -230,9 +234,14 @@ class LocalCluster:
             from kvbank.cluster.actors import MemberActor, RayLauncher
         except ImportError as error:
             raise ConfigError(f"launcher='ray' needs Ray ({error}): install it, or use launcher='process'") from error
-        self._progress("starting Ray")
-        return RayLauncher(marker, self._folder / "ray", logs, address=self.settings.cluster.ray_address,
-                           actor=self.member_actor or MemberActor)
+        cluster, joined = self.settings.cluster, self.settings.cluster.ray_address
+        self._progress("starting Ray" if joined is None else "joining Ray")
+        launcher = RayLauncher(marker, self._folder / "ray", logs, address=joined, actor=self.member_actor or MemberActor)
+        if joined is not None:
+            self._launcher = launcher                            # so that a start that fails here leaves no actor
+            self._progress("finding room for the members")
+            launcher.reserve(seats(self.settings), machines=cluster.machines, within_s=cluster.place_timeout_s)
+        return launcher
 
     def _progress(self, line: str) -> None:
         with self._telling:
@@ -241,7 +250,7 @@ class LocalCluster:
     def _workers(self, common: Mapping[str, Any]) -> list[dict[str, Any]]:
         cluster = self.settings.cluster
         return [
-            {**common, "kind": "model", "id": f"worker-{replica}" + (f".{shard}" if shard else ""),
+            {**common, "kind": "model", "id": member_id(replica, shard),
              "replica": replica, "shard": shard}
             for replica in range(cluster.workers) for shard in range(cluster.shards)
         ]

@@ -259,6 +259,13 @@ def test_nothing_is_restarted_when_that_is_switched_off(model: Path, nothing_lef
         assert sorted(cluster.processes) == ["control", "gateway", "worker-0"]
 
 
+def test_a_redis_of_this_machine_is_no_redis_for_several(model: Path, nothing_left) -> None:
+    cluster = ToyCluster(model, launcher="process", config={"bind_host": "192.0.2.1", "allow_public": True,
+                                                              "allow_plaintext": True})
+    with pytest.raises(ConfigError, match="embedded is a Redis for this machine alone"):
+        cluster.start()
+
+
 # -- Rays that are not ours --------------------------------------------------------------------------------------------
 
 JOIN = """
