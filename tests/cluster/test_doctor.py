@@ -194,7 +194,8 @@ def test_a_taken_http_port_is_found(listener) -> None:
 
 
 def test_an_address_that_is_not_this_machines_is_found() -> None:
-    found = the(settings_health.doors(settings(bind_host="192.0.2.1", allow_public=True, allow_plaintext=True)), "cluster.bind_host")
+    made = settings(bind_host="192.0.2.1", allow_public=True, allow_plaintext=True)
+    found = the(settings_health.doors(made), "cluster.bind_host")
     assert found.state == "bad" and "hostname -I" in found.remedy
 
 
