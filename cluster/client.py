@@ -62,7 +62,15 @@ class Client:
         seed: int | None = None, stop: str | list[str] | None = None, stop_token_ids: list[int] | None = None,
         ignore_eos: bool = False, policy: str = "exact", job_id: str | None = None, deadline_s: float | None = None,
     ) -> Job:
-        """Hand a job in and return at once. The same `job_id` with the same content is the job already there."""
+        """Hand a job in and return at once. The same `job_id` with the same content is the job already there.
+
+        max_tokens:      to generate at most; prompt and max_tokens must fit the model and the cluster, else TooLong
+        temperature:     0 to 2; 0: greedy. top_p above 0 to 1, 1: off. top_k 0: off. seed: the same seed, the same draws
+        stop:            texts before which the answer ends; never part of it. stop_token_ids: tokens that end it
+        ignore_eos:      go on behind the model's end token
+        policy:          what may be kept of the KV: `exact` is the only one in this version
+        deadline_s:      give up this long after it was handed in: DeadlineExceeded
+        """
         body = _body(locals())
         for last in (False, True):                   # the job has a name: sending it twice makes one job
             try:
@@ -89,6 +97,7 @@ class Client:
         return Status.read(self._call("GET", "/v1/status"))
 
     def close(self) -> None:
+        """Give the connections back."""
         self._http.close()
 
     def __enter__(self) -> Client:
@@ -173,7 +182,7 @@ class AsyncClient:
         raise AssertionError
 
     async def generate(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> Result:
-        """`submit` and `result` in one."""
+        """As Client.generate."""
         return await (await self.submit(prompt, **options)).result(timeout_s=timeout_s)
 
     async def job(self, job_id: str) -> AsyncJob:
@@ -189,6 +198,7 @@ class AsyncClient:
         return Status.read(await self._call("GET", "/v1/status"))
 
     async def close(self) -> None:
+        """As Client.close."""
         await self._http.aclose()
 
     async def __aenter__(self) -> AsyncClient:
