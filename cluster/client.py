@@ -311,7 +311,8 @@ class _Wire:
             )
         if isinstance(error, httpx.TimeoutException):
             return DeadlineExceeded(f"{self.address} did not answer within {self.timeout_s:g} s (timeout_s)")
-        return _Broken(f"the connection to {self.address} broke ({type(error).__name__}); try again")
+        secret = "; or does it speak https: then write https://" if self.address.startswith("http:") else ""
+        return _Broken(f"the connection to {self.address} broke ({type(error).__name__}); try again{secret}")
 
     def read(self, status: int, raw: bytes) -> Any:
         """The JSON of a good answer; raises the typed error of a bad one."""
