@@ -28,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Final, Protocol
 
+from kvbank.cluster.certs import check_certificates
 from kvbank.cluster.config import Settings, load, marked_environment, state_dir, threads_per_worker
 from kvbank.cluster.guardian import Guardian
 from kvbank.cluster.processes import MEMBER_PROGRAM, ProcessLauncher
@@ -187,6 +188,8 @@ class LocalCluster:
         give_up = time.monotonic() + cluster.start_timeout_s
         if http.port:
             _check_port(http.host, http.port)
+        if cluster.tls_dir:
+            check_certificates(Path(cluster.tls_dir))
         if tiers.redis not in (None, "embedded"):
             probe(str(tiers.redis))
         if cluster.launcher == "ray" and cluster.ray_address not in (None, "auto"):
