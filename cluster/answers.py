@@ -73,17 +73,17 @@ class Receipt:
 
     prompt_tokens: int = 0
     output_tokens: int = 0
-    computed_tokens: int = 0
+    computed_tokens: int = 0         # whose KV was computed, replays included
     reused: dict[str, int] = field(default_factory=dict)             # tokens by source: device, host, disk, redis, peer
-    missed: dict[str, int] = field(default_factory=dict)             # tokens by reason
-    borrowed_blocks_peak: int = 0
-    parked_blocks_peak: int = 0
-    lenders: list[str] = field(default_factory=list)
-    remote_attention_calls: int = 0
-    recomputed_after_fault: int = 0
+    missed: dict[str, int] = field(default_factory=dict)  # tokens by reason: never_seen, evicted, last_block, ...
+    borrowed_blocks_peak: int = 0    # at most so many were read at lenders in one step
+    parked_blocks_peak: int = 0      # and so many from the host tier
+    lenders: list[str] = field(default_factory=list)  # ids of members that held some
+    remote_attention_calls: int = 0  # one for each layer of a step that read such blocks
+    recomputed_after_fault: int = 0  # tokens replayed because their KV was lost
     attempts: int = 1                # workers that had it; more than one after a fault
-    ttft_s: float = 0.0
-    total_s: float = 0.0
+    ttft_s: float = 0.0              # from its arrival at the gateway to its first token
+    total_s: float = 0.0             # to its end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,13 +109,13 @@ class JobStatus:
     state: str = ""                  # queued | running | finished | failed | cancelled
     prompt_tokens: int = 0
     output_tokens: int = 0
-    attempt: int = 0
+    attempt: int = 0                 # counted up when it moves to another worker
     worker: str = ""
     phase: str = ""                  # queued | fetching | prefill | decode | waiting | parked
     computed: int = 0                # prompt tokens whose KV is there
-    waits_for: str = ""
-    created: float = 0.0
-    seed: int = 0
+    waits_for: str = ""              # slots | fetch | prefix | worker, while it waits
+    created: float = 0.0             # Unix time
+    seed: int = 0                    # as given, or the one that was drawn
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> JobStatus:
@@ -142,20 +142,20 @@ class WorkerStatus:
 
     id: str = ""
     kind: str = ""                   # model | lender
-    replica: int = 0
-    shard: int = 0
+    replica: int = 0                 # of a model worker, counted from 0
+    shard: int = 0                   # which layer range of the replica
     host: str = ""
     pid: int = 0
     state: str = ""                  # ok | silent
-    blocks_total: int = 0
+    blocks_total: int = 0            # of its device
     blocks_free: int = 0
     blocks_used: int = 0
-    blocks_lent: int = 0
-    blocks_borrowed: int = 0
+    blocks_lent: int = 0             # its own, held for others
+    blocks_borrowed: int = 0         # others', held for it
     blocks_idle: int = 0             # of the free ones: cached, evictable
     draining: bool = False           # takes no new job and grants no new loan
     tiers: list[TierStatus] = field(default_factory=list)
-    counters: dict[str, float] = field(default_factory=dict)
+    counters: dict[str, float] = field(default_factory=dict)  # since it started
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +166,7 @@ class LoanStatus:
     lender: str = ""
     borrower: str = ""
     blocks: int = 0
-    term_s: float = 0.0
+    term_s: float = 0.0              # ends after so long if it is not renewed
     age_s: float = 0.0
     blocks_recalled: int = 0         # of them, called back and not home yet
 

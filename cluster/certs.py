@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -51,6 +52,37 @@ def expires(pem: Path) -> datetime:
         return x509.load_pem_x509_certificate(pem.read_bytes()).not_valid_after_utc
     except (OSError, ValueError) as error:
         raise ConfigError(f"{pem} is not a certificate that can be read") from error
+
+
+def check_certificates(folder: Path, *, now: datetime | None = None) -> None:
+    """Of the roles whose certificates are here: signed by this ca.pem, and valid now. Else members would not hear each other,
+    and nobody could say why. Raises ConfigError."""
+    now = now or datetime.now(UTC)
+    for role in ROLES:
+        pem = folder / f"{role}.pem"
+        if not pem.exists():
+            continue                             # another machine's, or told by the member that needs it
+        try:
+            authorities = x509.load_pem_x509_certificates((folder / "ca.pem").read_bytes())
+            certificate = x509.load_pem_x509_certificate(pem.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cluster.tls_dir: {pem} or its ca.pem cannot be read as a certificate: make new ones with "
+                              f"`kvbank certs {folder}`") from error
+        if not any(_signed(certificate, authority) for authority in authorities):
+            raise ConfigError(f"cluster.tls_dir: {pem} was not signed by the authority in ca.pem beside it: copy both from one "
+                              "`kvbank certs` folder")
+        if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
+            raise ConfigError(f"cluster.tls_dir: {pem} is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} to "
+                              f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC, which is not now: renew it with "
+                              f"`kvbank certs {folder}`")
+
+
+def _signed(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def _authority(folder: Path, now: datetime) -> tuple[x509.Certificate, Key, list[Path]]:

@@ -64,7 +64,15 @@ class Client:
         cache_salt: str | None = None,
     ) -> Job:
         """Hand a job in and return at once. The same `job_id` with the same content is the job already there.
-        Jobs with a `cache_salt` share KV with jobs of the same salt only."""
+
+        max_tokens:      to generate at most; prompt and max_tokens must fit the model and the cluster, else TooLong
+        temperature:     0 to 2; 0: greedy. top_p above 0 to 1, 1: off. top_k 0: off. seed: the same seed, the same draws
+        stop:            texts before which the answer ends; never part of it. stop_token_ids: tokens that end it
+        ignore_eos:      go on behind the model's end token
+        policy:          what may be kept of the KV: `exact` is the only one in this version
+        deadline_s:      give up this long after it was handed in: DeadlineExceeded
+        cache_salt:      jobs that have one share KV with jobs of the same salt only
+        """
         body = _body(locals())
         for last in (False, True):                   # the job has a name: sending it twice makes one job
             try:
@@ -91,6 +99,7 @@ class Client:
         return Status.read(self._call("GET", "/v1/status"))
 
     def close(self) -> None:
+        """Give the connections back."""
         self._http.close()
 
     def __enter__(self) -> Client:
@@ -176,7 +185,7 @@ class AsyncClient:
         raise AssertionError
 
     async def generate(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any) -> Result:
-        """`submit` and `result` in one."""
+        """As Client.generate."""
         return await (await self.submit(prompt, **options)).result(timeout_s=timeout_s)
 
     async def job(self, job_id: str) -> AsyncJob:
@@ -192,6 +201,7 @@ class AsyncClient:
         return Status.read(await self._call("GET", "/v1/status"))
 
     async def close(self) -> None:
+        """As Client.close."""
         await self._http.aclose()
 
     async def __aenter__(self) -> AsyncClient:
@@ -304,7 +314,8 @@ class _Wire:
             )
         if isinstance(error, httpx.TimeoutException):
             return DeadlineExceeded(f"{self.address} did not answer within {self.timeout_s:g} s (timeout_s)")
-        return _Broken(f"the connection to {self.address} broke ({type(error).__name__}); try again")
+        secret = "; or does it speak https: then write https://" if self.address.startswith("http:") else ""
+        return _Broken(f"the connection to {self.address} broke ({type(error).__name__}); try again{secret}")
 
     def read(self, status: int, raw: bytes) -> Any:
         """The JSON of a good answer; raises the typed error of a bad one."""

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Final, Protocol
 
+from kvbank.cluster.certs import check_certificates
 from kvbank.cluster.config import NODE, Settings, is_loopback, load, marked_environment, state_dir, threads_per_worker
 from kvbank.cluster.guardian import Guardian
 from kvbank.cluster.processes import MEMBER_PROGRAM, ProcessLauncher
@@ -190,6 +191,8 @@ class LocalCluster:
         if tiers.redis == "embedded" and not is_loopback(cluster.bind_host):
             raise ConfigError("tiers.redis embedded is a Redis for this machine alone: for members on several machines give "
                               "the URL of one that all reach (redis://:password@host:port/0), or none")
+        if cluster.tls_dir:
+            check_certificates(Path(cluster.tls_dir))
         if tiers.redis not in (None, "embedded"):
             probe(str(tiers.redis))
         if cluster.launcher == "ray" and cluster.ray_address not in (None, "auto"):

@@ -18,6 +18,7 @@ from kvbank.kvstore.layout import Layout
 from kvbank.workers.models.config_reader import read_config
 
 MODEL_LEND_CAP, LENDER_LEND_CAP = 0.5, 1.0           # where loans.lend_cap is silent
+FRAME_BYTES = 8192                                   # what a parked span takes on the host beside its KV: as the gateway counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,7 @@ def planned(settings: Settings, *, tokens: int | None = None) -> Plan:
         int(own_spans * (workers_lend if cluster.shards == 1 else 0)) * (cluster.workers - 1)
         + int(lender_spans * (LENDER_LEND_CAP if lend_cap is None else lend_cap)) * cluster.lenders // cluster.shards
     )
-    host = settings.tiers.host_bytes * cluster.shards // layout.slot_bytes
+    host = settings.tiers.host_bytes // (layout.slot_bytes // cluster.shards + FRAME_BYTES)      # each shard parks its part
     span = layout.span_tokens
     longest = min(config.max_position, (own_spans + borrowable + host) * span)
     return Plan(

@@ -84,6 +84,9 @@ def build_shard(
     config: WorkerConfig, *, host: HostTier | None = None, shelf: Shelf | None = None, model: ModelConfig | None = None
 ) -> Parts:
     """Read this shard's layers and make its slots. Raises ModelError, ConfigError."""
+    if config.device != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"engine.device is {config.device}, and PyTorch finds no CUDA here: use cpu, or install a PyTorch "
+                          "with CUDA on a machine with a GPU")
     spec = model or read_config(config.model)
     layout = layout_of(spec, config)
     layers = range(layout.layer_first, layout.layer_last)

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from kvbank.cluster import cli, statefile
+from kvbank.cluster.http.server import capacity_tokens
 from kvbank.errors import ConfigError, NotFound
+from kvbank.proto.control_pb2 import Member
 from kvbank.workers.models.random_model import write_random_model
 
 
@@ -106,6 +108,22 @@ def test_plan_counts_tokens_and_answers_for_a_length(capsys, tmp_path) -> None:
     assert verdicts[2].startswith("borrows 128 ") and verdicts[3].startswith("too long: the cluster holds 3072")
     assert verdicts[4].startswith("too long: the model reads")
     assert cli.main(list(words)) == 0 and "longest job" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("host_bytes", "shards"), [(0, 1), (1 << 20, 1), (3_000_000, 1), (1 << 20, 2)])
+def test_a_plan_counts_as_the_gateway_does(capsys, tmp_path, host_bytes, shards) -> None:
+    model = str(write_random_model(tmp_path / "model", num_layers=2, hidden_size=64, heads=4, kv_heads=2))
+    _, plan = run(capsys, "plan", "--model", model, "--workers", "2", "--lenders", "1", "--device-blocks", "64",
+                  "--host-bytes", str(host_bytes), "--shards", str(shards))
+    slot_bytes = plan["span_bytes"] // shards
+    members = [member(f"worker-{replica}.{shard}", "model", 8, slot_bytes, replica, shard, shards)
+               for replica in range(2) for shard in range(shards)]
+    members.append(member("lender-0", "lender", 8, slot_bytes, 0, 0, 1))
+    assert plan["longest_job_tokens"] == capacity_tokens(members, span_tokens=128, host_bytes=host_bytes, lend_cap=None)
+
+
+def member(name: str, kind: str, slots: int, slot_bytes: int, replica: int, shard: int, shards: int) -> Member:
+    return Member(id=name, kind=kind, slots_total=slots, slot_bytes=slot_bytes, replica=replica, shard=shard, shards=shards)
 
 
 def test_doctor_ends_well_on_a_machine_that_runs_these_tests(capsys) -> None:

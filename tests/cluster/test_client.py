@@ -181,6 +181,18 @@ def test_what_is_not_an_address_is_refused_at_once(address: str) -> None:
         Client(address)
 
 
+def test_who_speaks_http_to_an_https_gateway_is_told_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def hang_up() -> None:
+            line, _ = server.accept()
+            with line:
+                line.recv(4096)
+                line.sendall(b"\x15\x03\x01\x00\x02\x02\x46")              # a TLS alert, as https answers plain http
+        threading.Thread(target=hang_up, daemon=True).start()
+        with pytest.raises(errors.Unavailable, match="write https://"):
+            Client(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=10).status()
+
+
 def test_a_stream_goes_on_after_its_connection_broke(make_worker, make_server, answer_of) -> None:
     worker = make_worker("worker-0")
     worker.token_s = 0.02

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvbank.errors import Cancelled, DeadlineExceeded, Overloaded, TooLong, Unavailable
+from kvbank.errors import Cancelled, ConfigError, DeadlineExceeded, Overloaded, TooLong, Unavailable
 from kvbank.workers.assembly import build_engine
 from kvbank.workers.config import WorkerConfig
 from kvbank.workers.models.random_model import write_random_model
@@ -174,3 +174,9 @@ def test_a_wrong_span_changes_the_logits(alone, run_jobs, prompt, exactness, wha
     NEGATIVE[what](slots)
     got = run_jobs(engine, follow)
     assert (got.logits["b"] - want.logits["a"]).abs().max() > 1e-2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_a_setting_to_change(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="finds no CUDA here: use cpu"):
+        build_engine(WorkerConfig(model=str(write_random_model(tmp_path, num_layers=1)), device_blocks=24, device="cuda"))
