@@ -1,5 +1,7 @@
 """`ray up` for real: three machines with sshd and cables between them, our own deploy files, jobs from outside.
 
+Behind every lock: https from outside, certificates between members, Ray's token.
+
     outside --cable--> node-0 (head: Ray's GCS, control, gateway)    node-1, node-2: started by the head, over ssh
 
 One story, because every part of it needs the one before; what crossed the cables is printed at the end of each part.
@@ -25,6 +27,7 @@ import psutil
 import pytest
 import yaml
 
+from kvbank.cluster.certs import make_certificates
 from kvbank.cluster.client import Client
 from kvbank.cluster.launcher import LocalCluster
 from kvbank.workers.models.random_model import write_random_model
@@ -32,7 +35,7 @@ from tests.hosts.rack import ROOT, Host, Rack, why_not
 
 DEPLOY = ROOT / "deploy"
 VOCAB, PROMPT, ANSWER = 512, 3_000, 160
-KEY = "a-key-for-tests"
+KEY, HEAD = "a-key-for-tests", "10.77.0.10"
 CUT_S = 4.0
 SMALL = {"device_blocks": 64, "torch_threads": 1, "exactness": "bitwise", "host_bytes": "64MiB"}
 MEMBERS = {"worker-0", "worker-1", "lender-0", "lender-1", "lender-2"}
@@ -59,9 +62,19 @@ def prompt(seed: int) -> list[int]:
     return [rng.randrange(3, VOCAB) for _ in range(PROMPT)]
 
 
-def test_ray_up_serves_jobs_across_machines_through_a_cut_cable_and_a_dead_machine(model, alone, capfd) -> None:
-    with Rack(3, shared=[model]) as rack:
-        place = Place(rack, model, capfd)
+@pytest.fixture(scope="module")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an operator makes, and copies to every machine without the authority's key."""
+    folder = tmp_path_factory.mktemp("locks") / "certs"
+    make_certificates(folder, names=[HEAD])
+    (folder / "ca.key").unlink()
+    return folder
+
+
+def test_ray_up_serves_jobs_across_machines_through_a_cut_cable_and_a_dead_machine(model, certs, alone, capfd) -> None:
+    with Rack(3, shared=[model, certs]) as rack:
+        assert rack.hosts[0].address == HEAD
+        place = Place(rack, model, certs, capfd)
         place.ray_up()
         place.kvbank_up()
         place.a_job_borrows_across_machines(alone[0])
@@ -100,10 +113,10 @@ def test_a_rack_whose_test_is_interrupted_or_killed_is_gone(number, eventually) 
 class Place:
     """The rack with what was started on it."""
 
-    def __init__(self, rack: Rack, model: Path, capfd: Any) -> None:
-        self.rack, self.model, self._capfd = rack, model, capfd
+    def __init__(self, rack: Rack, model: Path, certs: Path, capfd: Any) -> None:
+        self.rack, self.model, self.certs, self._capfd = rack, model, certs, capfd
         self.head, *self.others = rack.hosts
-        self.outside, self.address = rack.outside, f"http://{rack.hosts[0].address}:8080"
+        self.outside, self.address = rack.outside, f"https://{rack.hosts[0].address}:8080"
         self._started = time.monotonic()
         self._files()
 
@@ -130,7 +143,10 @@ class Place:
         ours["cluster"] |= {"lenders": 3, "start_timeout_s": 150}
         ours["engine"] |= {"model": str(self.model), "torch_threads": 1, "exactness": "bitwise"}
         ours["vault"]["device_blocks"], ours["tiers"]["host_bytes"] = SMALL["device_blocks"], SMALL["host_bytes"]
-        ours["http"] |= {"api_keys": {KEY: "default"}}
+        assert ours["cluster"].pop("allow_plaintext"), "the switch is in the file"
+        ours["cluster"]["tls_dir"] = str(self.certs)
+        ours["http"] |= {"api_keys": {KEY: "default"}, "tls_cert": str(self.certs / "https.pem"),
+                         "tls_key": str(self.certs / "https.key")}
         home = self.outside.home
         (home / ".ray").mkdir(mode=0o700)
         private(home / "ray-cluster.yaml", yaml.safe_dump(ray))
@@ -144,12 +160,13 @@ class Place:
 
     def status(self) -> dict[str, Any]:
         told = self.outside.run("kvbank-env/bin/python", "-m", "kvbank", "status", "--address", self.address,
-                                "--api-key-file", "key", "--json", within_s=40)
+                                "--api-key-file", "key", "--ca", str(self.certs / "ca.pem"), "--json", within_s=40)
         return dict(json.loads(told.stdout.splitlines()[-1]))
 
     def ask(self, seed: int, *, began: Callable[[], None] = lambda: None, within_s: float = 120.0) -> dict[str, Any]:
         """Submit a prompt from outside; `began` is called when the first token has arrived."""
-        asked = {"address": self.address, "api_key": KEY, "prompt": prompt(seed), "max_tokens": ANSWER, "within_s": within_s}
+        asked = {"address": self.address, "api_key": KEY, "ca": str(self.certs / "ca.pem"), "prompt": prompt(seed),
+                 "max_tokens": ANSWER, "within_s": within_s}
         words = self.outside.command("kvbank-env/bin/python", str(Path(__file__).with_name("visitor.py")))
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                               start_new_session=True) as visitor:

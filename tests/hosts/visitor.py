@@ -1,6 +1,6 @@
 """A client outside the cluster: submits one prompt, tells when its answer begins, then the whole of it.
 
-Reads {"address", "api_key", "prompt": token ids, "max_tokens", "within_s"} on stdin; answers two JSON lines.
+Reads {"address", "api_key", "ca", "prompt": token ids, "max_tokens", "within_s"} on stdin; answers two JSON lines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kvbank import Client
 
 def main() -> None:
     asked = json.load(sys.stdin)
-    client = Client(asked["address"], api_key=asked["api_key"], timeout_s=asked["within_s"])
+    client = Client(asked["address"], api_key=asked["api_key"], ca=asked["ca"], timeout_s=asked["within_s"])
     job = client.submit(asked["prompt"], max_tokens=asked["max_tokens"], temperature=0.0)
     streamed: list[int] = []
     for delta in job.stream():
