@@ -69,8 +69,8 @@ def check_certificates(folder: Path, *, now: datetime | None = None) -> None:
             raise ConfigError(f"cluster.tls_dir: {pem} or its ca.pem cannot be read as a certificate: make new ones with "
                               f"`kvbank certs {folder}`") from error
         if not any(_signed(certificate, authority) for authority in authorities):
-            raise ConfigError(f"cluster.tls_dir: {pem} was not signed by the authority in ca.pem beside it: copy both from one "
-                              "`kvbank certs` folder")
+            raise ConfigError(f"cluster.tls_dir: {pem} was not signed by the authority in ca.pem beside it: copy both from "
+                              "one `kvbank certs` folder")
         if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
             raise ConfigError(f"cluster.tls_dir: {pem} is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} to "
                               f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC, which is not now: renew it with "

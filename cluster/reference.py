@@ -165,8 +165,8 @@ from kvbank import Client, LocalCluster, errors
 have (`{beside}`) are in `kvbank.cluster.client`. A **prompt** is a string, a list of token ids, or a list of \
 `Segment`s and strings."""]
     parts += [_class(_public(name)) for name in PUBLIC]
-    parts.append(f"## Errors\n\n`kvbank.errors`. {errors.KVBankError.__name__} is the root; every failure that reaches a caller "
-                 "is one of these. `code` never changes and is the same over HTTP.\n\n" + _table(
+    parts.append("## Errors\n\n`kvbank.errors`. KVBankError is the root; every failure that reaches a caller is one of "
+                 "these. `code` never changes and is the same over HTTP.\n\n" + _table(
                      ("Error", "Code", "HTTP", "Meaning"), list(_errors(errors.KVBankError))))
     return "\n\n".join(parts) + "\n"
 
@@ -183,7 +183,8 @@ def _class(cls: type) -> str:
     if is_dataclass(cls):
         said = _comments(cls)
         parts.append(_table(("Field", "Type", "Default", "Meaning"), [
-            (f"`{spec.name}`", f"`{_cell(str(spec.type))}`", _default(spec), said.get(spec.name, "")) for spec in fields(cls)]))
+            (f"`{spec.name}`", f"`{_cell(str(spec.type))}`", _default(spec), said.get(spec.name, ""))
+            for spec in fields(cls)]))
     parts += [_member(name, value) for name, value in vars(cls).items()
               if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))]
     return "\n\n".join(part for part in parts if part)

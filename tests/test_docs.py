@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -41,3 +42,19 @@ def test_links_and_file_names_of_a_page_lead_somewhere(page: Path) -> None:
 def test_a_page_names_no_machine_of_ours(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert re.findall(r"/work/|/root/|/home/\w+|10\.\d+\.\d+\.\d+|TODO|FIXME", text) == []
+
+
+SPOKEN = 14              # characters of a message that stand in the code as they are; what is between them are values
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_that_the_code_can_say() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8").partition("## It runs, but")[0]
+    rows = re.findall(r"^\| (.+?) \| .+ \|$", page, flags=re.MULTILINE)
+    messages = [text for row in rows for text in re.findall("`(.+?)`", row)]
+    trees = [ast.parse((ROOT / name).read_text(encoding="utf-8")) for name in sources() if name.endswith(".py")]
+    said = {node.value.replace("`", "").strip() for tree in trees for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    said = {part for part in said if len(part) >= SPOKEN}
+    unknown = [text for text in messages
+               if not any(part in text or text.rstrip(". ") in part for part in said)]
+    assert len(messages) > 40 and unknown == []
