@@ -85,7 +85,7 @@ class EngineSettings:
     torch_threads: int = _set("int", 0, "threads of each worker; 0: the cores over the workers", low=0, high=1024)
     prefill_chunk_tokens: int = _set("int", 512, "prompt rows that one step computes at most", low=1, high=1 << 20)
     max_batch: int = _set("int", 64, "jobs that run at once on a worker", low=1, high=4096)
-    max_queue: int = _set("int", 1024, "jobs that wait on a worker; one more is Overloaded", low=0, high=1 << 20)
+    max_queue: int = _set("int", 1024, "jobs that wait on a worker; one more is Overloaded", low=1, high=1 << 20)
     stall_s: float = _set("float", 30.0, "a job that cannot progress this long is Unavailable", low=0.1, high=86400)
     fetch_wait_s: float = _set("float", 1.0, "longest wait for promised bytes before computing them", low=0, high=60)
     verify_attend: bool = _set("bool", False, "re-hash a lent span before each attention over it (slow)")

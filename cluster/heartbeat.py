@@ -32,6 +32,10 @@ REPORT_BYTES = 49_152 * KEY_BYTES    # of keys in one report: 1.5 MiB, well with
 QUESTION_S = 0.25                    # one question on behalf of a job that waits for the answer
 
 
+REPLIES: dict[str, Any] = {"Register": pb.RegisterReply, "Heartbeat": pb.Advice, "Lenders": pb.LendersReply,
+                           "Locate": pb.LocateReply, "Snapshot": pb.SnapshotReply}
+
+
 class Heartbeat:
     """One member's line to control.
 
@@ -45,8 +49,7 @@ class Heartbeat:
         report: Callable[[bool], Mapping[str, Any]] | None = None,
         on_members: Callable[[Sequence[pb.Member]], None] | None = None,
     ) -> None:
-        self._channel = rpc.channel(control, badge)
-        self._control = control
+        self._channels, self._control = rpc.Channels(badge), control
         self._interval_s = interval_s
         self._report = report or (lambda full: {})
         self._on_members = on_members or (lambda members: None)
@@ -62,12 +65,6 @@ class Heartbeat:
         self._beats = threading.Condition()
         self._begun = self._answered = 0         # beats: how many began, and the last one that told who is alive
         self._thread: threading.Thread | None = None
-        self._calls = {
-            name: self._channel.unary_unary(f"/{SERVICE}/{name}", request_serializer=_serialized,
-                                            response_deserializer=reply.FromString)
-            for name, reply in (("Register", pb.RegisterReply), ("Heartbeat", pb.Advice), ("Lenders", pb.LendersReply),
-                                ("Locate", pb.LocateReply), ("Snapshot", pb.SnapshotReply))
-        }
 
     def start(self, facts: Facts, versions: Versions, *, within_s: float = 30.0) -> None:
         """Register, then report from now on. Raises ConfigError when refused, Unavailable when nobody answers."""
@@ -92,7 +89,7 @@ class Heartbeat:
             self._thread.join(CALL_S + self._interval_s)
             farewell = pb.Report(id=self._request.member.id, session=self._session, seq=self._seq + 1, leaving=True)
             self._ask("Heartbeat", farewell, QUESTION_S)
-        self._channel.close()
+        self._channels.close()
 
     # -- what the member may ask; safe from any thread -----------------------------------------------------------------
 
@@ -204,7 +201,9 @@ class Heartbeat:
     def _ask(self, method: str, request: Any, within_s: float) -> Any:
         """The reply, or None when control is away. Raises Unauthorized when it does not take our token."""
         try:
-            return self._calls[method](request, timeout=within_s)
+            call = self._channels.to(self._control).unary_unary(
+                f"/{SERVICE}/{method}", request_serializer=_serialized, response_deserializer=REPLIES[method].FromString)
+            return call(request, timeout=within_s)
         except ValueError:           # the channel was closed: we are stopping
             return None
         except grpc.RpcError as error:

@@ -20,8 +20,10 @@ class Links:
     """Opens calls to members. A peer is addressed as membership gave it, never as a request did."""
 
     def __init__(self, badge: Badge | str) -> None:
-        self._badge = badge
+        self._badge = Badge.of(badge)
         self._channels: dict[tuple[str, str], Any] = {}
+        self._stamps: dict[tuple[str, str], tuple[int, ...]] = {}    # of the certificates that each was made with
+        self._older: dict[tuple[str, str], list[Any]] = {}
 
     def submit(self, address: str, *, trace: str = "") -> Any:
         """A fresh Submit stream; the caller writes the job first and cancels the call when it leaves. trace: traceparent."""
@@ -61,17 +63,22 @@ class Links:
         return answer
 
     def _channel(self, address: str, purpose: str) -> Any:
-        pair = self._channels.get((address, purpose))
-        if pair is None:
-            pair = self._channels[(address, purpose)] = rpc.aio_channel(address, self._badge)
-        return pair
+        """One that was made before the certificates were renewed is used for nothing new; what is open on it goes on."""
+        key, stamp = (address, purpose), self._badge.stamp()
+        if key in self._channels and stamp and self._stamps[key] != stamp:
+            self._older.setdefault(key, []).append(self._channels.pop(key)[0])
+        if key not in self._channels:
+            self._channels[key], self._stamps[key] = rpc.aio_channel(address, self._badge), stamp
+        return self._channels[key]
 
     async def forget(self, alive: set[str], *, purpose: str | None = None) -> None:
         """Close the channels (of one purpose, or all) to addresses that nobody uses any more."""
         gone = [key for key in self._channels if key[0] not in alive and purpose in (None, key[1])]
         for key in gone:
             channel, _ = self._channels.pop(key)
-            await channel.close()
+            del self._stamps[key]
+            for one in (channel, *self._older.pop(key, ())):
+                await one.close()
 
     async def close(self) -> None:
         await self.forget(set())

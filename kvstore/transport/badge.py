@@ -91,6 +91,13 @@ class Badge:
         ca, pem, key = self.certificates.read()
         return grpc.ssl_channel_credentials(ca, key, pem)
 
+    def stamp(self) -> tuple[int, ...]:
+        """Changes when the certificates were renewed: a channel shows for its whole life those that it was made with."""
+        try:
+            return () if self.certificates is None else self.certificates.stamp()
+        except OSError:
+            return ()
+
     def check(self, method: str) -> Callable[[grpc.ServicerContext], None] | None:
         """What aborts a call of `/service/method` by a peer whose certificate does not allow it; None: nothing to check."""
         if self.certificates is None:

@@ -144,7 +144,7 @@ class Links:
         self.boot, self._badge = boot, badge
         self._lock = threading.Lock()
         self._address: dict[Boot, str] = {}
-        self._channels: dict[str, grpc.Channel] = {}
+        self._channels = rpc.Channels(badge)
         self._sessions: dict[Boot, Session] = {}
         self._hot: dict[Boot, HotLink] = {}
 
@@ -184,7 +184,7 @@ class Links:
     def bulk(self, boot: Boot, method: str) -> Callable[..., Any]:
         """The raw PUT or FETCH callable to that peer; call it with metadata `self.metadata`. Raises KeyError."""
         with self._lock:
-            channel = self._channel(self._address[boot])
+            channel = self._channels.to(self._address[boot])
         if method == PUT:
             return channel.stream_unary(PUT)
         return channel.unary_stream(FETCH)
@@ -198,14 +198,12 @@ class Links:
         with self._lock:
             ended = [self._sessions.pop(boot, None), self._hot.pop(boot, None)]
             address = self._address.pop(boot, None)
-            channel = None
-            if address is not None and address not in self._address.values():
-                channel = self._channels.pop(address, None)
+            last = address is not None and address not in self._address.values()
         for link in ended:
             if link is not None:
                 link.close()
-        if channel is not None:
-            channel.close()
+        if last and address is not None:
+            self._channels.drop(address)
 
     def close(self) -> None:
         with self._lock:
@@ -219,9 +217,4 @@ class Links:
         return None if address is None else rpc.channel(address, self._badge)
 
     def _method(self, boot: Boot, name: str) -> Callable[..., Any]:
-        return self._channel(self._address[boot]).stream_stream(name)
-
-    def _channel(self, address: str) -> grpc.Channel:
-        if address not in self._channels:
-            self._channels[address] = rpc.channel(address, self._badge)
-        return self._channels[address]
+        return self._channels.to(self._address[boot]).stream_stream(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -127,6 +128,48 @@ def channel(address: str, badge: Badge | str) -> grpc.Channel:
     made = (grpc.insecure_channel(address, options=_CHANNEL) if credentials is None
             else grpc.secure_channel(address, credentials, options=_SECURE))
     return grpc.intercept_channel(made, _Token(badge.token))
+
+
+class Channels:
+    """Channels by address. One that was made before the certificates were renewed is used no more for anything new, and
+    closed with its address: what is open on it goes on. Thread-safe."""
+
+    def __init__(self, badge: Badge | str) -> None:
+        self._badge = Badge.of(badge)
+        self._lock = Lock()
+        self._made: dict[str, tuple[tuple[int, ...], grpc.Channel]] = {}
+        self._older: dict[str, list[grpc.Channel]] = {}
+        self._closed = False
+
+    def to(self, address: str) -> grpc.Channel:
+        """Raises ConfigError when certificates cannot be read, ValueError after `close`."""
+        stamp = self._badge.stamp()
+        with self._lock:
+            if self._closed:
+                raise ValueError("these channels are closed")
+            found = self._made.get(address)
+            if found is not None and (found[0] == stamp or not stamp):
+                return found[1]
+            if found is not None:
+                self._older.setdefault(address, []).append(found[1])
+            self._made[address] = (stamp, channel(address, self._badge))
+            return self._made[address][1]
+
+    def drop(self, address: str) -> None:
+        """Close all to that address."""
+        with self._lock:
+            ended = self._older.pop(address, [])
+            if (found := self._made.pop(address, None)) is not None:
+                ended.append(found[1])
+        for one in ended:
+            one.close()
+
+    def close(self) -> None:
+        """Close all; no new ones are made."""
+        with self._lock:
+            self._closed, addresses = True, list(self._made)
+        for address in addresses:
+            self.drop(address)
 
 
 def aio_channel(address: str, badge: Badge | str) -> tuple[grpc.aio.Channel, tuple[tuple[str, str], ...]]:

@@ -33,7 +33,7 @@ def badge(folder: Path, role: str, token: str = TOKEN) -> Badge:
 class Echo:
     """A member with every service of CALLERS; counts the bodies that were parsed."""
 
-    def __init__(self, shown: Badge | str) -> None:
+    def __init__(self, shown: Badge | str, *, port: int = 0) -> None:
         self.parsed = 0
         self.server = rpc.server(shown, threads=4)
         methods = [("kvbank.Control", "Register"), ("kvbank.Control", "Snapshot"), ("kvbank.Jobs", "Status"),
@@ -43,7 +43,7 @@ class Echo:
                 method: grpc.unary_unary_rpc_method_handler(lambda data, _: data, self._parse),
                 f"{method}Stream": grpc.stream_stream_rpc_method_handler(lambda data, _: data, self._parse)})])
         self.methods = [f"{service}/{method}" for service, method in methods]
-        self.address = f"127.0.0.1:{rpc.bind(self.server, '127.0.0.1:0')}"
+        self.address = f"127.0.0.1:{rpc.bind(self.server, f'127.0.0.1:{port}')}"
         self.server.start()
 
     def _parse(self, data: bytes) -> bytes:
@@ -144,6 +144,32 @@ def test_certificates_are_renewed_without_a_restart(tmp_path: Path) -> None:
             assert call(b"2", timeout=10) == b"2", "what was connected goes on"
     finally:
         server.server.stop(None)
+
+
+def test_a_peer_that_comes_back_after_a_renewal_is_met_with_the_new_certificate(tmp_path: Path) -> None:
+    folder = tmp_path / "certs"
+    make_certificates(folder)
+    shown = badge(folder, "worker")
+    server = Echo(shown)
+    channels, held = rpc.Channels(shown), rpc.channel(server.address, shown)
+    try:
+        assert channels.to(server.address).unary_unary("/kvbank.Bank/Borrow")(b"1", timeout=10) == b"1"
+        assert held.unary_unary("/kvbank.Bank/Borrow")(b"1", timeout=10) == b"1"
+        before = channels.to(server.address)
+        server.server.stop(None).wait(10)
+        (folder / "ca.key").unlink()                         # another authority: what the old one signed is worth nothing
+        make_certificates(folder)
+        server = Echo(shown, port=int(server.address.rpartition(":")[2]))
+        assert channels.to(server.address) is not before
+        assert channels.to(server.address).unary_unary("/kvbank.Bank/Borrow")(b"2", timeout=10, wait_for_ready=True) == b"2"
+        with pytest.raises(grpc.RpcError):
+            held.unary_unary("/kvbank.Bank/Borrow")(b"2", timeout=3)
+    finally:
+        channels.close()
+        held.close()
+        server.server.stop(None)
+    with pytest.raises(ValueError):
+        channels.to(server.address)
 
 
 def test_a_half_written_certificate_changes_nothing(tmp_path: Path) -> None:
