@@ -113,6 +113,7 @@ def test_the_command_ends_cleanly_with_ctrl_c(make_worker, make_server, tmp_path
     assert process.returncode == 0 and errors == ""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_a_terminal_is_given_back_as_it_was(make_worker, make_server) -> None:
     async def told() -> dict:
@@ -139,6 +140,7 @@ def test_a_terminal_is_given_back_as_it_was(make_worker, make_server) -> None:
     assert b"\x1b[?1049h" in shown and shown.count(b"\x1b[?25l") == shown.count(b"\x1b[?25h") == 1, "the cursor is back too"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_the_command_ends_by_itself_when_the_cluster_goes(make_worker, make_server) -> None:
     async def told() -> dict:

@@ -22,6 +22,7 @@ def act(page, name: str) -> None:
     page.get_by_role("dialog").get_by_role("button", name=name).click()
 
 
+@pytest.mark.slow
 def test_loans_jobs_and_a_killed_worker_are_seen_live(cluster, text, open_page) -> None:
     town = cluster(workers=2, lenders=1, device_blocks=48, lender_blocks=96)
     page = open_page(town.address)

@@ -74,6 +74,7 @@ def test_tenants_with_the_same_prompt_share_nothing(cluster, text) -> None:
             client.status()
 
 
+@pytest.mark.slow
 def test_tenants_with_the_same_prompts_share_no_frame_on_any_tier(cluster, text) -> None:
     """Three prompts that together need three times the device, so that host, Redis and the neighbour's cache are all used."""
     import redis

@@ -41,6 +41,7 @@ def test_the_hook_sees_an_unpickled_class(hooked: Path) -> None:
     assert done.returncode != 0 and "nothing is unpickled here" in done.stderr and hooked.read_text()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_borrows_spills_and_is_sent_payloads_unpickles_nothing(hooked: Path, cluster, big, text, until) -> None:
     one = cluster(workers=2, lenders=1, redis="embedded", host_bytes="1MiB")
     watched = set((hooked.parent / "seen.watched").read_text().split())

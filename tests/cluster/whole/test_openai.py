@@ -83,6 +83,7 @@ def test_streams_give_the_whole_in_pieces(served) -> None:
         assert text == whole.choices[0].message.content
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_transformers(served) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -156,6 +157,7 @@ def test_a_reader_who_leaves_gives_the_memory_back_at_once(served, until) -> Non
             until(lambda: used() == 0)
 
 
+@pytest.mark.slow
 def test_salts_and_tenants_share_nothing_through_the_whole_stack(served) -> None:
     text = [(number * 31) % 500 for number in range(400)]
 
