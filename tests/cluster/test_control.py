@@ -148,6 +148,7 @@ def test_a_restarted_control_knows_everything_again(cluster, eventually) -> None
         member.held = KEYS[:number + 1]
         member.start()
     eventually(lambda: len(members[0].line.locate(KEYS)) == 2)
+    eventually(lambda: len(members[0].line.members) == 3)        # else a last beat on its way tells more after `known`
     first.stop()
     known = members[0].line.members
     assert members[0].line.locate(KEYS) == [] and members[0].line.lenders(1, 1) == []

@@ -260,7 +260,7 @@ REAL = ("real", "workers=1", "lenders=1", "device_blocks=64", "lender_blocks=512
 
 @pytest.mark.parametrize(("launcher", "number"), [
     pytest.param("process", signal.SIGINT, marks=pytest.mark.slow), ("process", signal.SIGKILL),
-    pytest.param("ray", signal.SIGKILL, marks=pytest.mark.ray),
+    pytest.param("ray", signal.SIGKILL, marks=[pytest.mark.ray, pytest.mark.slow]),
 ])
 def test_nothing_is_left_when_the_driver_ends_while_a_job_runs_on_borrowed_memory(
     drive, launcher: str, number: signal.Signals

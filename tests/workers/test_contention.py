@@ -67,7 +67,7 @@ def test_a_worker_gives_its_own_memory_to_an_older_job_elsewhere(town, alone, ru
     assert got == want
 
 
-@pytest.mark.parametrize("seed", [0, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, *range(100, 120)))])
+@pytest.mark.parametrize("seed", [2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 1, *range(100, 120)))])
 def test_a_walk_in_which_memory_is_always_short(town, alone, run_jobs, prompt, seed) -> None:
     """No job is refused, none stalls, none gets a wrong token, and nothing is left lent. With the product's own stall_s: on a
     busy machine the whole walk takes 30 s."""
@@ -91,11 +91,11 @@ def test_a_walk_in_which_memory_is_always_short(town, alone, run_jobs, prompt, s
 
 def test_nobody_waits_for_ever_for_older_jobs_that_only_a_lender_knows_of(town, prompt, monkeypatch) -> None:
     """A lender says OLDER by the label of its loans, and the job that a label names may have ended long ago."""
-    monkeypatch.setattr(scheduler, "OUTRANKED_STALLS", 5)
-    bank = town(lenders=1, device_blocks=48, lender_blocks=32, stall_s=1.0)
+    monkeypatch.setattr(scheduler, "OUTRANKED_STALLS", 3)
+    bank = town(lenders=1, device_blocks=48, lender_blocks=32, stall_s=2.0)     # a busy lender has its time
     bank.lenders[0].ledger._make_way = lambda *_: (OLDER, 300)
     bank.worker.engine._capacity_tokens = lambda: 1 << 20
     started = time.monotonic()
     _, failed = drive(bank, {0: [job("a", prompt(2000, 1), 1.0)]}, within_s=20.0)
     assert [type(one.error) for one in failed] == [Unavailable]
-    assert time.monotonic() - started > 5.0, "it did not wait for the older job at all"
+    assert time.monotonic() - started > 6.0, "it did not wait for the older job at all"

@@ -208,6 +208,7 @@ def test_nothing_new_hides_at_the_address_of_a_buffer_that_the_auditor_knew() ->
     assert new_bytes(known, 1 << 20) == fresh.nbytes
 
 
+@pytest.mark.slow
 def test_a_borrower_keeps_no_more_kv_than_its_vault_and_its_staging(town, alone, run_jobs, prompt) -> None:
     """Every buffer that appeared since before the job, mid-forward too, beside what a big worker's forward needs anyway."""
     text = prompt(LENT_PROMPT)

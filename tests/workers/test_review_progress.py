@@ -22,6 +22,7 @@ def ticking(engine) -> None:
     engine._clock = lambda: next(looks) / 100
 
 
+@pytest.mark.slow
 def test_a_job_that_waits_for_an_older_ones_memory_is_not_given_up(alone, run_jobs, prompt) -> None:
     """Together they need more than there is: the younger is computed when the older has ended, however long that takes."""
     jobs = [JobSpec(id=f"j{i}", prompt=prompt(200, i), max_tokens=200, age=i, ignore_eos=True) for i in range(3)]
