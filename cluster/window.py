@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WINDOW_S = 300.0
-MAX_JOBS = 8192                      # of the window: when more ended in it, it is shorter, and says so
+MAX_JOBS = 4096                      # of the window: when more ended in it, it is shorter, and says so
 
 
 @dataclass(frozen=True, slots=True)
