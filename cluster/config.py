@@ -334,7 +334,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".toml":
             values: Any = tomllib.loads(text)
         elif path.suffix in (".yaml", ".yml"):
-            values = yaml.load(text, Loader=_StrictLoader)
+            values = _StrictLoader(text).get_single_data()
         else:
             raise ConfigError(f"config file {path} must end in .yaml, .yml or .toml")
     except (ValueError, yaml.YAMLError) as error:        # YAML's own dates and numbers may be ones that Python cannot hold
