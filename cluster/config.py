@@ -122,8 +122,6 @@ class LoanSettings:
 
     lend_cap: float | None = _set("float", None, "share of its slots a member lends; default: lenders 1.0, models 0.5",
                                   low=0, high=1, none=True)
-    tenant_cap: float | None = _set("float", None, "share of a member's slots lent to jobs of one tenant; default: lend_cap",
-                                    low=0, high=1, none=True)
     term_s: float = _set("float", 6.0, "a loan not renewed this long ends", low=0.05, high=3600)
     renew_s: float = _set("float", 1.5, "a borrower renews all its loans with a lender this often", low=0.01, high=1800)
     fill_s: float = _set("float", 3.0, "a granted slot not filled this long is taken back", low=0.05, high=600)

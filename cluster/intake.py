@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvbank.errors import InvalidRequest, TooLong
+from kvbank.kvstore.hashing import key_space
 
 POLICIES = ("exact",)
 MAX_STOPS = 16
@@ -90,8 +91,8 @@ class JobSpec:
 
     @property
     def key_space(self) -> str:
-        """What block keys grow from: the tenant, and its salt behind a character that no tenant has."""
-        return f"{self.tenant}\0{self.cache_salt}" if self.cache_salt else self.tenant
+        """What block keys grow from."""
+        return key_space(self.tenant, self.cache_salt)
 
 
 SPEC_FIELDS = frozenset({

@@ -38,6 +38,12 @@ KEY_VERSION = 1                                # raised when the meaning of a ke
 TokenIds = Sequence[int] | npt.NDArray[Any] | bytes | bytearray | memoryview
 
 
+def key_space(tenant: str, salt: str) -> str:
+    """What block keys grow from: the tenant, and its salt behind a character that no tenant has. Gateway and workers must say
+    the same, since workers take the gateway's keys."""
+    return f"{tenant}\0{salt}" if salt else tenant
+
+
 def root_key(secret: bytes, *, tenant: str, model_digest: str, layout: Layout, adapter_digest: str = "",
              fidelity: str = "exact", numerics: str = "") -> bytes:
     """The 32 bytes every key of this (tenant, model, layout, fidelity) grows from. `numerics` only under `bitwise`."""

@@ -198,7 +198,7 @@ class Vault:
             return next(iter(self._idle.values()))
         has = Counter(span.owner for span in (*self._held.values(), *self._idle.values()))
         has[owner] += asked
-        over = {name for name, slots in has.items() if slots > self._guarantee}
+        over = {"", *(name for name, slots in has.items() if slots > self._guarantee)}      # "": borrowers' own cache
         for fits in ({owner} & over, over, {owner}):
             if (span := next((span for span in self._idle.values() if span.owner in fits), None)) is not None:
                 return span
@@ -283,7 +283,8 @@ class Vault:
                 heapq.heappush(self._blank, slot)
                 return
             parent = b"" if was is None else was.parent
-            span = Span(slot=slot, keys=list(keys), tokens=tokens, digest=digest, parent=parent)
+            owner = "" if was is None else was.owner
+            span = Span(slot=slot, keys=list(keys), tokens=tokens, digest=digest, parent=parent, owner=owner)
             self.index.adopt(span)
             self._idle[span.uid] = span
 

@@ -78,7 +78,7 @@ class JobsService:
             return
         except KVBankError as error:
             if trace is not None:
-                self._contexts.pop(first.job.age, None)
+                self._forget_trace(first.job.age, trace)
                 trace.end(outcome=error.code)
             yield _failed(error, pb.Receipt())
             return
@@ -98,8 +98,13 @@ class JobsService:
         finally:
             self._queues.pop(name, None)
             if trace is not None:
-                self._contexts.pop(first.job.age, None)
+                self._forget_trace(first.job.age, trace)
                 trace.end()
+
+    def _forget_trace(self, age: float, trace: Trace) -> None:
+        """Unless a later attempt of the job is here already."""
+        if self._contexts.get(age) == trace.parent:
+            del self._contexts[age]
 
     def trace_of(self, age: float) -> str:
         """The traceparent of the job with this admission stamp; empty when it is not traced."""

@@ -64,7 +64,7 @@ def build_leader(worker: ModelWorker) -> Leader:
         clock=time.monotonic, wake=wake, traces=worker.traces) if store else None
     share = worker.settings["tenant_share"]
     vault = Vault(config.num_slots, blocks_per_span=parts.layout.blocks_per_span, lend_cap=worker.lend_cap(),
-                  guarantee=int(share * config.num_slots) if share else 0,
+                  guarantee=max(1, int(share * config.num_slots)) if share else 0,
                   on_evict=spill_all(backend, layout.blocks_per_span), on_scrub=backend.scrub)
     book = DebtBook(worker.boot, timings=worker.timings)
     borrower = Borrower(parts.arena, parts.layout.slot_bytes, timings=worker.timings, wake=wake, lenders=worker.lenders,

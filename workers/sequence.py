@@ -13,6 +13,7 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 
+from kvbank.kvstore.hashing import key_space
 from kvbank.kvstore.layout import BlockKey
 from kvbank.kvstore.span_table import REMOTE, Holes, Span, SpanTable
 from kvbank.workers.sampler import SamplingParams
@@ -40,8 +41,8 @@ class JobSpec:
 
     @property
     def key_space(self) -> str:
-        """What its block keys grow from, and who may use its KV: the tenant, and the salt behind a NUL, which no tenant has."""
-        return f"{self.tenant}\0{self.cache_salt}" if self.cache_salt else self.tenant
+        """What its block keys grow from, and who may use its KV."""
+        return key_space(self.tenant, self.cache_salt)
 
 
 @dataclass(slots=True)

@@ -149,14 +149,9 @@ class Worker:
             share = 1.0 if self.kind == "lender" else 0.5
         return int(share * self.worker_config.num_slots)
 
-    def _tenant_quota(self) -> int | None:
-        """Of the slots that may be lent, those for jobs of one tenant; None: all."""
-        share = self._settings["tenant_cap"]
-        return None if share is None else int(share * self.worker_config.num_slots)
-
     def _open_bank(self, *, book: DebtBook | None, data: Any, on_engine: Callable[[list[Any]], None] | None) -> None:
         self.ledger = LoanLedger(self.boot, self._compat(), LendPool(self.vault, self.arena), lend_cap=self.vault.lend_cap,
-                                 timings=self.timings, tenant_quota=self._tenant_quota())
+                                 timings=self.timings)
         self.banker = Banker(self.id, self.boot, self._compat(), self._links, self.vault.lock, time.monotonic,
                              ledger=self.ledger, book=book, data=data, on_engine=on_engine)
         pins = LedgerPins(self.banker, self.ledger, self.vault.lock)
@@ -356,11 +351,11 @@ class ModelWorker(Worker):
     def capacity_tokens(self) -> int:
         """KV tokens that this replica could have at once: own slots, neighbours' to lend, and the host tier."""
         own, shards = self.vault.num_slots, self.worker_config.shards
-        share, tenant = self._settings["lend_cap"], self._settings["tenant_cap"]
+        share = self._settings["lend_cap"]
         lent = 0
         for member in self._could_lend():
             default = 1.0 if member.kind == "lender" else 0.5
-            lent += int(member.slots_total * min(default if share is None else share, 1.0 if tenant is None else tenant))
+            lent += int(member.slots_total * (default if share is None else share))
         lent //= shards                                         # a span takes a slot for each shard
         parked = self._settings["host_bytes"] // (self.layout.slot_bytes + 8192)
         return int(own + lent + parked) * self.layout.span_tokens

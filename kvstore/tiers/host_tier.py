@@ -70,7 +70,7 @@ class HostTier:
     def put(self, frames: dict[bytes, Sequence[Buffer]], *, pin: bool = False) -> set[bytes]:
         """Store frames and return the keys that are here afterwards; with `pin` each of them is pinned once.
 
-        A frame that cannot fit (larger than the limit, or the rest is pinned) is refused and drives nothing out. What is
+        A frame that cannot fit (larger than the limit, or the rest is pinned) is refused and drives nothing else out. What is
         here already stays as it is, but for a frame that nobody pins: whoever parks here reads on without verifying, so
         these bytes take the place of those, which nobody has looked at for a while.
         """

@@ -10,6 +10,7 @@ renewed without a restart: new connections use the new ones.
 from __future__ import annotations
 
 import logging
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,24 +35,56 @@ CALLERS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
 class Certificates:
-    """One member's certificate, key and the authority that it trusts, as PEM files."""
+    """One member's certificate, key and the authority that it trusts, from PEM files. Thread-safe.
 
-    folder: Path
-    role: str
+    Once they have been read whole, nothing about the files is an error any more: what was read last is used until something
+    new is there whole, its key fitting its certificate. So files may be copied over the old ones in any order.
+    """
+
+    def __init__(self, folder: Path, role: str) -> None:
+        self.folder, self.role = folder, role
+        self._lock = Lock()
+        self._seen: tuple[int, ...] = ()     # of the files that were looked at last
+        self._good: tuple[tuple[int, ...], tuple[bytes, bytes, bytes]] | None = None
 
     def read(self) -> tuple[bytes, bytes, bytes]:
-        """(authority, certificate, key). Raises ConfigError, naming the file and the remedy."""
-        try:
-            ca, pem, key = (path.read_bytes() for path in self._paths())
-        except OSError as error:
-            raise ConfigError(f"cluster.tls_dir: {error.filename} cannot be read ({error.strerror}): make the certificates "
-                              f"with `kvbank certs {self.folder}`, or copy {self.role}'s to this machine") from error
-        return ca, pem, key
+        """(authority, certificate, key). Raises ConfigError, naming the remedy, as long as they never were there whole."""
+        return self._current()[1]
 
     def stamp(self) -> tuple[int, ...]:
-        """Changes when a file does."""
+        """Changes when `read` gives something else. Raises ConfigError as it does."""
+        return self._current()[0]
+
+    def _current(self) -> tuple[tuple[int, ...], tuple[bytes, bytes, bytes]]:
+        with self._lock:
+            try:
+                stamp = self._stamp()
+                if self._good is None or stamp != self._seen:
+                    self._seen = stamp
+                    made = self._whole()
+                    if self._stamp() == stamp:                       # not written on meanwhile
+                        self._good = (stamp, made)
+                        log.info("certificates_read role=%s", self.role)
+                    else:
+                        self._seen = ()
+            except (OSError, ssl.SSLError) as error:
+                if self._good is None:
+                    raise ConfigError(f"cluster.tls_dir: {self.role}.pem, its key and ca.pem cannot be read and used: make them "
+                                      f"with `kvbank certs {self.folder}`, or copy {self.role}'s to this machine") from error
+                log.warning("certificates_unreadable role=%s", self.role)
+            if self._good is None:
+                raise ConfigError(f"cluster.tls_dir: the certificates in {self.folder} are being written: try again")
+            return self._good
+
+    def _whole(self) -> tuple[bytes, bytes, bytes]:
+        ca, pem, key = self._paths()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(ca)
+        context.load_cert_chain(pem, key)                            # raises when the key is another one's
+        return ca.read_bytes(), pem.read_bytes(), key.read_bytes()
+
+    def _stamp(self) -> tuple[int, ...]:
         return tuple(path.stat().st_mtime_ns for path in self._paths())
 
     def _paths(self) -> tuple[Path, Path, Path]:
@@ -93,10 +126,7 @@ class Badge:
 
     def stamp(self) -> tuple[int, ...]:
         """Changes when the certificates were renewed: a channel shows for its whole life those that it was made with."""
-        try:
-            return () if self.certificates is None else self.certificates.stamp()
-        except OSError:
-            return ()
+        return () if self.certificates is None else self.certificates.stamp()
 
     def check(self, method: str) -> Callable[[grpc.ServicerContext], None] | None:
         """What aborts a call of `/service/method` by a peer whose certificate does not allow it; None: nothing to check."""
@@ -114,32 +144,23 @@ class Badge:
 
 
 class _Renewed:
-    """gRPC asks before each handshake: the new certificate once the files changed, None while they have not."""
+    """gRPC asks before each handshake: the new certificate once there is one, None while there is not."""
 
     def __init__(self, certificates: Certificates) -> None:
         self._certificates = certificates
         self._lock = Lock()
-        self._stamp: tuple[int, ...] = ()
+        self._stamp = certificates.stamp()
 
     def first(self) -> Any:
-        made = self._read()
-        self._stamp = self._certificates.stamp()
-        return made
+        return self._made()
 
     def __call__(self) -> Any:
         with self._lock:
-            try:
-                stamp = self._certificates.stamp()
-                if stamp == self._stamp:
-                    return None
-                made = self._read()
-            except (OSError, ConfigError, ValueError):               # half written: the old one serves until it is whole
-                log.warning("certificates_unreadable role=%s", self._certificates.role)
+            if (stamp := self._certificates.stamp()) == self._stamp:
                 return None
             self._stamp = stamp
-            log.info("certificates_renewed role=%s", self._certificates.role)
-            return made
+            return self._made()
 
-    def _read(self) -> Any:
+    def _made(self) -> Any:
         ca, pem, key = self._certificates.read()
         return grpc.ssl_server_certificate_configuration([(key, pem)], root_certificates=ca)

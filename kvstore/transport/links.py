@@ -198,12 +198,13 @@ class Links:
         with self._lock:
             ended = [self._sessions.pop(boot, None), self._hot.pop(boot, None)]
             address = self._address.pop(boot, None)
-            last = address is not None and address not in self._address.values()
+            unused = address is not None and address not in self._address.values()
+            channels = self._channels.take(address) if unused and address is not None else []
         for link in ended:
             if link is not None:
                 link.close()
-        if last and address is not None:
-            self._channels.drop(address)
+        for channel in channels:
+            channel.close()
 
     def close(self) -> None:
         with self._lock:

@@ -155,21 +155,21 @@ class Channels:
             self._made[address] = (stamp, channel(address, self._badge))
             return self._made[address][1]
 
-    def drop(self, address: str) -> None:
-        """Close all to that address."""
+    def take(self, address: str) -> list[grpc.Channel]:
+        """All to that address, for the caller to close: whoever asks from now on gets a new one."""
         with self._lock:
             ended = self._older.pop(address, [])
             if (found := self._made.pop(address, None)) is not None:
                 ended.append(found[1])
-        for one in ended:
-            one.close()
+        return ended
 
     def close(self) -> None:
         """Close all; no new ones are made."""
         with self._lock:
             self._closed, addresses = True, list(self._made)
         for address in addresses:
-            self.drop(address)
+            for one in self.take(address):
+                one.close()
 
 
 def aio_channel(address: str, badge: Badge | str) -> tuple[grpc.aio.Channel, tuple[tuple[str, str], ...]]:

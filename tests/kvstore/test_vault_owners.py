@@ -62,6 +62,21 @@ def test_who_has_more_than_its_share_makes_room_for_itself_before_others_do() ->
     assert not one.check()
 
 
+def test_a_span_that_a_peer_adopted_counts_as_its_owners_again_and_borrowers_cache_has_no_promise() -> None:
+    one = Vault(6, blocks_per_span=2, guarantee=3, lend_cap=6)
+    cache(one, "a", 3)
+    for key in [span.keys[-1] for span in one._idle.values()]:
+        span = one.lend_idle(key)
+        assert span is not None and span.slot is not None
+        one.give_back(span.slot, span.keys, b"")
+    assert owners(one) == {"a": 3}
+    for slot in one.take_for_loan(3):                        # lent to somebody, and kept for that borrower
+        one.give_back(slot, [BlockKey(os.urandom(32)), BlockKey(os.urandom(32))])
+    assert owners(one) == {"a": 3, "": 3}
+    one.new_spans(3, "b")
+    assert owners(one) == {"a": 3}
+
+
 def test_what_is_promised_is_no_reason_to_stand_still() -> None:
     """More promised than there is: the one that computes goes on."""
     one = vault(4, guarantee=4)

@@ -172,20 +172,50 @@ def test_a_peer_that_comes_back_after_a_renewal_is_met_with_the_new_certificate(
         channels.to(server.address)
 
 
-def test_a_half_written_certificate_changes_nothing(tmp_path: Path) -> None:
+def test_files_that_are_gone_half_there_or_do_not_fit_change_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "certs"
+    with pytest.raises(ConfigError, match="kvbank certs"):
+        rpc.channel("127.0.0.1:1", badge(folder, "worker"))
     make_certificates(folder)
     shown = badge(folder, "worker")
     server = Echo(shown)
+    channels = rpc.Channels(shown)
+
+    def answers() -> bool:
+        return (ask(server.address, "kvbank.Bank/Borrow", shown) == b"hello"
+                and channels.to(server.address).unary_unary("/kvbank.Bank/Borrow")(b"hello", timeout=10) == b"hello")
+
     try:
-        kept = {path: path.read_bytes() for path in folder.iterdir()}
-        (folder / "worker.pem").unlink()
-        with pytest.raises(ConfigError, match="kvbank certs"):
-            rpc.channel(server.address, shown)
-        for path, data in kept.items():
-            path.write_bytes(data)
-        assert ask(server.address, "kvbank.Bank/Borrow", shown) == b"hello"
+        assert answers()
+        kept, first = (folder / "worker.key").read_bytes(), channels.to(server.address)
+        for text in (None, b"", kept[:40], (folder / "control.key").read_bytes()):      # another one's key does not fit
+            (folder / "worker.key").unlink(missing_ok=True)
+            if text is not None:
+                (folder / "worker.key").write_bytes(text)
+            assert answers() and channels.to(server.address) is first
+            with pytest.raises(ConfigError):
+                rpc.channel(server.address, badge(folder, "worker"))
+        make_certificates(folder)
+        assert answers() and channels.to(server.address) is not first, "whole again: the new ones are used"
     finally:
+        channels.close()
         server.server.stop(None)
-    assert not [path for path in folder.iterdir() if path.name.endswith(".key") and path.stat().st_mode & 0o077]
+    assert not [path for path in folder.iterdir() if path.name == "ca.key" and path.stat().st_mode & 0o077]
     assert TOKEN not in repr(shown)
+
+
+def test_a_channel_that_another_takes_away_is_never_handed_out(folder: Path) -> None:
+    """A peer that comes back at its old address while what belonged to its former life is closed."""
+    server = Echo(badge(folder, "worker"))
+    channels = rpc.Channels(badge(folder, "worker"))
+    try:
+        old = channels.to(server.address)
+        taken = channels.take(server.address)
+        new = channels.to(server.address)
+        assert taken == [old] and new is not old
+        for one in taken:
+            one.close()
+        assert new.unary_unary("/kvbank.Bank/Borrow")(b"1", timeout=10) == b"1"
+    finally:
+        channels.close()
+        server.server.stop(None)
