@@ -90,9 +90,12 @@ def _authority(folder: Path, now: datetime) -> tuple[x509.Certificate, Key, list
         try:
             key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
             found = x509.load_pem_x509_certificates((folder / "ca.pem").read_bytes())
-        except ValueError as error:
-            raise ConfigError(f"{folder / 'ca.key'} or ca.pem is damaged: make certificates in a new folder") from error
-        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        except (ValueError, TypeError, FileNotFoundError) as error:      # damaged, encrypted, or half of a pair
+            raise ConfigError(f"{folder / 'ca.key'} and ca.pem cannot be read as a pair: make certificates in a new "
+                              "folder") from error
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or found[0].public_key() != key.public_key():
+            raise ConfigError(f"{folder / 'ca.key'} is not the key of ca.pem, or not one that kvbank made: make certificates "
+                              "in a new folder")
         return found[0], key, []
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kvbank cluster authority")])
@@ -132,7 +135,11 @@ def _general_name(name: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
+        pass
+    try:
         return x509.DNSName(name)
+    except ValueError:
+        raise ConfigError(f"{name!r} cannot stand in a certificate: write a host name in ASCII (xn--...) or an address") from None
 
 
 def _write(folder: Path, name: str, key: Key, certificate: x509.Certificate) -> list[Path]:

@@ -351,14 +351,14 @@ def _down(args: argparse.Namespace) -> int:
 
 # -- status and submit -------------------------------------------------------------------------------------------------
 
-def _client(args: argparse.Namespace) -> Client:
+def _client(args: argparse.Namespace, *, timeout_s: float = 600.0) -> Client:
     if args.address:
         key = args.api_key_file.read_text().strip() if args.api_key_file else None
-        return Client(args.address, api_key=key, ca=args.ca)
+        return Client(args.address, api_key=key, ca=args.ca, timeout_s=timeout_s)
     running = statefile.need(_folder(), args.name)
     if not running.address:
         raise NotFound(f"the cluster {args.name!r} is still starting")
-    return Client(running.address, api_key=running.api_key or None, ca=args.ca or running.ca or None)
+    return Client(running.address, api_key=running.api_key or None, ca=args.ca or running.ca or None, timeout_s=timeout_s)
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -374,11 +374,11 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _top(args: argparse.Namespace) -> int:
-    from kvbank.cluster.top import run
+    from kvbank.cluster.top import GONE_S, run
 
     if not 0.1 <= args.interval_s <= 3600:
         raise InvalidRequest(f"--interval-s {args.interval_s:g} is not between 0.1 and 3600")
-    with _client(args) as client:
+    with _client(args, timeout_s=GONE_S) as client:
         return run(client, once=args.once, as_json=args.json, interval_s=args.interval_s)
 
 

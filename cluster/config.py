@@ -146,7 +146,8 @@ class HttpSettings:
     port: int = _set("int", 0, "port the API listens on; 0: any", low=0, high=65535)
     tls_cert: str | None = _set("path", None, "PEM file: serve https with this certificate chain", none=True)
     tls_key: str | None = _set("path", None, "PEM file: its key", none=True)
-    names: str = _set("str", "", "host names that are answered to, with commas; default: loopback ones, any with API keys")
+    names: str = _set("str", "", "host names that are answered to beside loopback ones, with commas; default: any with API keys",
+                      pattern=r"\s*(([A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*|\[[0-9A-Fa-f:]+\])\s*(,\s*|$))*")
     api_keys: Mapping[str, str] = _set("keys", {}, "{key: tenant or tenant:ops}; empty: any key is tenant `default`", secret=True)
     api_keys_file: str | None = _set("path", None, "the same as a YAML file, read again whenever it changes", none=True)
     max_body_bytes: int = _set("size", 8 << 20, "largest request body: long prompts are the point", low=1024, high=1 << 30)
@@ -335,8 +336,14 @@ def _read_file(path: Path) -> Mapping[str, Any]:
             values = _StrictLoader(text).get_single_data()
         else:
             raise ConfigError(f"config file {path} must end in .yaml, .yml or .toml")
-    except (ValueError, yaml.YAMLError) as error:        # YAML's own dates and numbers may be ones that Python cannot hold
-        raise ConfigError(f"config file {path} is not valid: {' '.join(str(error).split())}") from error
+    except yaml.MarkedYAMLError as error:                # its own text quotes the file, in which secrets stand
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark is not None else ""
+        said = re.sub(r"'[^']*'|\"[^\"]*\"", "'...'", error.problem or "it cannot be read")
+        raise ConfigError(f"config file {path} is not valid: {line}{said}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config file {path} is not valid: {error}") from None
+    except (ValueError, yaml.YAMLError):                 # YAML's own dates and numbers may be ones that Python cannot hold
+        raise ConfigError(f"config file {path} is not valid: it has a character or a value that cannot be read") from None
     except RecursionError:
         raise ConfigError(f"config file {path} is nested too deeply") from None
     if values is None:
@@ -361,7 +368,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if doubled := [name for at, name in enumerate(names) if name in names[:at]]:
-            raise yaml.YAMLError(f"{doubled[0]!r} is set twice in one mapping, line {node.start_mark.line + 1}")
+            known = doubled[0] if doubled[0] in _FIELDS or doubled[0] in SECTIONS else "a key"        # or it may be a secret
+            raise yaml.MarkedYAMLError(problem=f"{known} is set twice in one mapping", problem_mark=node.start_mark)
         return dict(super().construct_mapping(node, deep))
 
 

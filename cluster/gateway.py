@@ -130,21 +130,25 @@ class Gateway:
             if known.spec.fingerprint != spec.fingerprint:
                 raise InvalidRequest("this job_id names another request; use a new one")
             return known
+        return self.submit_all([spec])[0]
+
+    def submit_all(self, specs: Sequence[JobSpec]) -> list[Job]:
+        """Admit the new jobs of one request, all of one tenant: all or none, and a request that is refused costs nothing."""
         if self._stopping:
             raise Unavailable("the cluster is stopping")
-        if self.live >= self.limits.max_jobs:
-            for observer in self.observers:
-                observer.refused("overloaded")
-            raise Overloaded(
-                f"{self.live} jobs are waiting or running, which is the limit; retry later",
-                retry_after_s=self._retry_after(),
-            )
         try:
-            self._quotas.admit(spec.tenant, spec.prompt_tokens + spec.max_tokens, self._clock())
+            if self.live + len(specs) > self.limits.max_jobs:
+                raise Overloaded(f"{self.live} jobs are waiting or running, and {self.limits.max_jobs} is the limit; retry later",
+                                 retry_after_s=self._retry_after())
+            self._quotas.admit(specs[0].tenant, sum(spec.prompt_tokens + spec.max_tokens for spec in specs), self._clock(),
+                               jobs=len(specs))
         except Overloaded:
             for observer in self.observers:
                 observer.refused("overloaded")
             raise
+        return [self._begin(spec) for spec in specs]
+
+    def _begin(self, spec: JobSpec) -> Job:
         job = self._admit(spec)
         task = asyncio.create_task(self._run(job))
         self._tasks.add(task)

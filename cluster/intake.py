@@ -12,12 +12,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from kvbank.errors import InvalidRequest, TooLong
+from kvbank.errors import InvalidRequest, Overloaded, TooLong
 from kvbank.kvstore.hashing import key_space
 
 POLICIES = ("exact",)
@@ -26,6 +27,7 @@ MAX_STOP_CHARS = 256
 MAX_SEGMENTS = 4096
 WIRE_TOKENS = 900_000                # one Submit message is at most 4 MiB, ids are 4 bytes
 SEEDS = 1 << 63                      # workers take seeds below this; any 64-bit integer of a caller becomes one of them
+MAX_RENDERS = 32                     # chats whose template runs or waits to run; one more is Overloaded
 SLOW_TEXT = 1 << 15                  # characters; longer texts are tokenised off the event loop
 MAX_MESSAGES = 4096                  # of one chat
 MAX_SALT_CHARS = 256
@@ -137,6 +139,7 @@ class Intake:
         self.decode = decode
         self.pieces: Pieces = pieces or _NoPieces()
         self._encode, self._render = encode, render
+        self._renderers, self._rendering = ThreadPoolExecutor(2, thread_name_prefix="chat-template"), 0
         self._capacity_tokens, self._max_job_tokens = capacity_tokens, max_job_tokens
 
     async def spec(
@@ -190,7 +193,14 @@ class Intake:
     async def chat(self, messages: Any, *, add_generation_prompt: bool = True) -> Rendered:
         """Messages as the model's chat template writes them. Raises InvalidRequest."""
         checked = _messages(messages)
-        return Rendered(await asyncio.to_thread(self._render, checked, add_generation_prompt))
+        if self._rendering >= MAX_RENDERS:
+            raise Overloaded(f"{MAX_RENDERS} chats are being written as prompts already; retry in a moment")
+        self._rendering += 1                 # threads of their own: a slow template holds up chats and nothing else
+        try:
+            text = await asyncio.get_running_loop().run_in_executor(self._renderers, self._render, checked, add_generation_prompt)
+        finally:
+            self._rendering -= 1
+        return Rendered(text)
 
     async def token_ids(self, prompt: Any) -> list[int]:
         """What `prompt` becomes, however long it is. Raises InvalidRequest."""

@@ -132,7 +132,10 @@ class Job:
 
     def end(self, now: float, *, error: KVBankError | None = None) -> None:
         """Close the job: the prompt is let go, the output stays for late readers. The caller announces it."""
-        self.tail = self.text.finish()
+        try:
+            self.tail = self.text.finish()
+        except Exception:                    # ids that are no tokens, of a broken worker: the job must end all the same
+            self.tail = ""
         self.error, self.ended_at = error, now
         self.spec, self.keys = replace(self.spec, prompt=b""), b""
         if self.deadline is not None:

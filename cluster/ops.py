@@ -53,7 +53,7 @@ class Ops:
         try:
             outcome = await self._act(member, action)
         except (InvalidRequest, NotFound, Unavailable) as error:
-            self._record(member, action, who, tenant, ok=False, outcome=str(error))
+            self._record(member, action[:64], who, tenant, ok=False, outcome=str(error))
             raise
         return self._record(member, action, who, tenant, ok=True, outcome=outcome)
 

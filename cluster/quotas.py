@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvbank.errors import Overloaded
+from kvbank.errors import InvalidRequest, Overloaded
 
 BURST_S = 10.0                               # what may be asked for at once after a pause, in seconds of the rate
 
@@ -28,10 +28,14 @@ class Quotas:
         self._jobs, self._rate = jobs, tokens_per_s
         self._accounts: dict[str, _Account] = {}
 
-    def admit(self, tenant: str, tokens: int, now: float) -> None:
-        """Count one job in. Raises Overloaded, with nothing counted, when the tenant has had its share for now."""
+    def admit(self, tenant: str, tokens: int, now: float, *, jobs: int = 1) -> None:
+        """Count the jobs of one request in, all or none; tokens: of all of them. Raises Overloaded when the tenant has had its
+        share for now, InvalidRequest when it can never have so many jobs at once."""
         account = self._accounts.get(tenant) or _Account(tokens=(self._rate or 0.0) * BURST_S, at=now)
-        if self._jobs is not None and account.jobs >= self._jobs:
+        if self._jobs is not None and jobs > self._jobs:
+            raise InvalidRequest(f"this request has {jobs} choices, and this tenant may have {self._jobs} jobs at once; "
+                                 "ask for fewer")
+        if self._jobs is not None and account.jobs + jobs > self._jobs:
             raise Overloaded(f"this tenant has {account.jobs} jobs waiting or running, which is its limit; "
                              "retry when one is over")
         if self._rate is not None:
@@ -40,9 +44,9 @@ class Quotas:
             if filled < min(tokens, full):
                 wait_s = (min(tokens, full) - filled) / self._rate
                 raise Overloaded(f"this tenant may ask for {self._rate:g} tokens per second, prompts and outputs together; "
-                                 f"this job of {tokens} can be taken in {wait_s:.1f} s", retry_after_s=wait_s)
+                                 f"these {tokens} can be taken in {wait_s:.1f} s", retry_after_s=wait_s)
             account.tokens, account.at = filled - tokens, now
-        account.jobs += 1
+        account.jobs += jobs
         self._accounts[tenant] = account
 
     def release(self, tenant: str) -> None:

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from kvbank.cluster.answers import Status, TierStatus, WorkerStatus
 from kvbank.cluster.screen import console, size, table
-from kvbank.errors import Unavailable
+from kvbank.errors import DeadlineExceeded, Unavailable
 
 INTERVAL_S = 1.0
 GONE_S = 5.0                         # a cluster that does not answer this long has gone; a gateway is started again sooner
@@ -99,7 +99,7 @@ def watch(
         asked_at = clock()
         try:
             now = client.status()
-        except Unavailable:
+        except (Unavailable, DeadlineExceeded):
             if clock() - heard_at >= GONE_S:
                 return
             continue

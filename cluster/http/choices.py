@@ -8,18 +8,19 @@ Shared by completions (openai.py) and chat (chat.py); a Shape says how each of t
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from kvbank.cluster.http.app import Front, error_body
 from kvbank.cluster.http.events import DONE, KEEP_ALIVE, EventStream, event, unless_left
 from kvbank.cluster.intake import SEEDS, SPEC_FIELDS, Fields, JobSpec
 from kvbank.cluster.job import Job, Piece
-from kvbank.errors import InvalidRequest, KVBankError, NotFound
+from kvbank.errors import InvalidRequest, NotFound
 
 OWN = frozenset({"model", "stream", "stream_options", "n", "return_token_ids", "max_completion_tokens"})
 HARMLESS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -56,6 +57,9 @@ class Wish:
     usage: bool = False              # a last chunk that tells the usage
     ids: bool = False                # token ids beside the text
     logprobs: int | None = None      # likely tokens beside each token's log-probability; None: no log-probabilities
+
+
+MAX_TOLD = 200_000                   # log-probabilities in one answer: about 130 MB while it is made
 
 
 def check(front: Front, body: Mapping[str, Any], known: frozenset[str], neutral: Mapping[str, tuple[Any, ...]]) -> Fields:
@@ -100,15 +104,10 @@ async def submit(
                                        fitting=fitting, logprobs=logprobs)
         specs += [spec if not copy or spec.seed is None else replace(spec, seed=(spec.seed + copy) % SEEDS)
                   for copy in range(n)]
-    jobs: list[Job] = []
-    try:
-        for spec in specs:
-            jobs.append(front.gateway.submit(spec))
-    except KVBankError:
-        for job in jobs:
-            front.gateway.cancel(job)
-        raise
-    return jobs
+    if logprobs is not None and (told := sum(spec.max_tokens for spec in specs) * (1 + logprobs)) > MAX_TOLD:
+        raise InvalidRequest(f"choices x max_tokens x (1 + likely tokens) is {told}, at most {MAX_TOLD} log-probabilities are "
+                             "told in one answer; ask for fewer tokens, choices or likely tokens")
+    return [front.gateway.submit(specs[0])] if len(specs) == 1 else front.gateway.submit_all(specs)
 
 
 async def respond(request: Request, choices: Choices) -> Response:
@@ -117,7 +116,9 @@ async def respond(request: Request, choices: Choices) -> Response:
         return EventStream(choices.events(), on_leave=choices.cancel)
     if not await unless_left(request, choices.settled(), choices.cancel):
         return Response(status_code=499)             # nobody reads it: the caller has left
-    return JSONResponse(choices.answer())
+    # With log-probabilities an answer has megabytes, and seconds are no time for an event loop; its jobs change no more.
+    made = await asyncio.to_thread(choices.rendered) if choices.wish.logprobs is not None else choices.rendered()
+    return Response(made, media_type="application/json")
 
 
 class Choices:
@@ -137,7 +138,20 @@ class Choices:
                 self._front.gateway.cancel(job)
 
     async def settled(self) -> None:
-        await asyncio.gather(*(job.settled() for job in self._jobs))
+        """Until all jobs are over, or one failed: what the others would say is not told then, and they are cancelled."""
+        waits = {asyncio.ensure_future(job.settled()) for job in self._jobs}
+        try:
+            while waits and all(job.error is None for job in self._jobs):
+                _, waits = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if any(job.error is not None for job in self._jobs):
+            self.cancel()
+
+    def rendered(self) -> bytes:
+        """The whole response as JSON. Raises as `answer`."""
+        return json.dumps(self.answer(), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
     def answer(self) -> dict[str, Any]:
         """The whole response. Raises the error of the first job that failed."""
@@ -165,6 +179,7 @@ class Choices:
                 if piece is _END:
                     running -= 1
                     if job.error is not None:
+                        self.cancel()
                         yield event(error_body(job.error))
                         return
                 more = {"kvbank": self._extra([job])} if piece is _END else {}

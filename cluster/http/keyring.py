@@ -61,10 +61,10 @@ class HttpsCertificate:
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._stamp = self._stamps()
         try:
-            self.context.load_cert_chain(*self._files)
+            self.context.load_cert_chain(*self._files, password="")
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(f"http.tls_cert {certificate} and http.tls_key cannot be used: they must be a PEM certificate "
-                              "and its key, readable by this user") from error
+                              "and its key, readable by this user and not encrypted") from error
 
     def renew(self) -> None:
         """Cheap; call it now and then."""
@@ -72,8 +72,8 @@ class HttpsCertificate:
         if stamp == self._stamp or None in stamp:
             return
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*self._files)      # half written, and nothing changes
-            self.context.load_cert_chain(*self._files)
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*self._files, password="")   # half written: nothing changes
+            self.context.load_cert_chain(*self._files, password="")
             log.info("https_certificate_renewed")
         except (OSError, ssl.SSLError):
             log.warning("https_certificate_unreadable")

@@ -7,6 +7,7 @@ gives nothing is told as FLOOR, because JSON has no infinity.
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,4 +92,4 @@ def _text(pieces: Pieces, token: int) -> str:
 
 
 def _number(value: float) -> float:
-    return max(value, FLOOR)
+    return max(value, FLOOR) if math.isfinite(value) else FLOOR

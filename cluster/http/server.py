@@ -69,7 +69,7 @@ class GatewaySettings:
     api_keys_file: str | None = None
     tls_cert: str | None = None      # with tls_key: serve https
     tls_key: str | None = None
-    names: tuple[str, ...] = ()      # host names that are answered to; empty: loopback ones, any with API keys
+    names: tuple[str, ...] = ()      # host names that are answered to beside loopback ones; empty: any with API keys
     max_job_tokens: int | None = None # prompt and output of one job; None: as many as the model and the cluster hold
     expected: Mapping[str, int] = field(default_factory=dict)        # members by kind, for whoever watches
     tracing: Mapping[str, Any] = field(default_factory=dict)         # the section `tracing`
@@ -172,7 +172,7 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
             gateway=gateway, limits=settings.http,
             intake=Intake(facts, encode, capacity_tokens=capacity, decode=decode, render=render,
                           max_job_tokens=settings.max_job_tokens, pieces=TokenPieces(tokenizer)),
-            api_keys=keys_now, hosts=settings.names or (*LOOPBACK, settings.host), named=bool(settings.names),
+            api_keys=keys_now, hosts=(*LOOPBACK, settings.host, *settings.names), named=bool(settings.names),
             created=int(time.time()), status=survey.told, borrowed=lambda: survey.borrowed, ops=Ops(roster, links),
         )
         await roster.start()

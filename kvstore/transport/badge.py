@@ -81,7 +81,7 @@ class Certificates:
         ca, pem, key = self._paths()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(ca)
-        context.load_cert_chain(pem, key)                            # raises when the key is another one's
+        context.load_cert_chain(pem, key, password="")                            # raises when the key is another one's
         return ca.read_bytes(), pem.read_bytes(), key.read_bytes()
 
     def _stamp(self) -> tuple[int, ...]:

@@ -53,3 +53,18 @@ def test_what_is_no_certificate_is_named(folder: Path) -> None:
     (folder / "ca.pem").unlink()
     with pytest.raises(ConfigError, match=r"control\.pem or its ca\.pem cannot be read|worker\.pem"):
         check_certificates(folder)
+
+
+def test_an_authority_that_cannot_sign_or_a_name_that_cannot_be_signed_is_told(folder: Path, tmp_path: Path) -> None:
+    make_certificates(tmp_path / "other")
+    for name, data in (("ca.key", b"nonsense"), ("ca.pem", None), ("ca.key", (tmp_path / "other" / "ca.key").read_bytes())):
+        made = tmp_path / f"made-{name}-{len(data or b'')}"
+        make_certificates(made)
+        if data is None:
+            (made / name).unlink()
+        else:
+            (made / name).write_bytes(data)
+        with pytest.raises(ConfigError, match="new folder"):
+            make_certificates(made)
+    with pytest.raises(ConfigError, match="xn--"):
+        make_certificates(tmp_path / "named", names=["münchen.de"])

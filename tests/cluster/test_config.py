@@ -241,3 +241,25 @@ def test_the_state_folder_is_private_and_follows_the_setting(tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="state_dir"):
         config.state_dir(config.load({"state_dir": str(tmp_path / "file" / "below")}, environ={}))
+
+
+@pytest.mark.parametrize("text", [
+    "sk-SECRETSECRET: a\nsk-SECRETSECRET: b\n", "sk-SECRETSECRET a\n\tb: c\n", "*sk-SECRETSECRET: a\n", "!sk-SECRETSECRET: a\n",
+    "@sk-SECRETSECRET: a\n", "%sk-SECRETSECRET: a\n", "sk-SECRETSECRET: [a\n", "'sk-SECRETSECRET: a\n",
+    "sk-SECRETSECRET: a tenant\n", "sk-SECRETSECRET\n",
+])
+def test_what_is_wrong_with_a_file_of_keys_is_told_without_a_key(tmp_path, text: str) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(text)
+    for read in (lambda: config.read_keys(path), lambda: config.load(path, environ={})):
+        with pytest.raises(ConfigError) as caught:
+            read()
+        if "unknown setting" not in str(caught.value):      # the main file's keys are settings' names, and shown
+            assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize("names", ["https://api.example.com", "api.example.com:8080", "*.example.com", "::1"])
+def test_a_name_that_would_never_match_is_refused(names: str) -> None:
+    with pytest.raises(ConfigError, match=r"http\.names"):
+        config.load({"names": names}, environ={})
+    assert config.load({"names": "api.example.com, b, [::1]"}, environ={})

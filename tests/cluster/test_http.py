@@ -522,3 +522,35 @@ def test_the_first_token_is_not_delayed_by_the_edge(make_worker, make_server) ->
         body = {"prompt": [1] * 4000, "max_tokens": 1}
         receipts = [client.post("/v1/completions", json=body).json() for _ in range(5)]
     assert min(answer["kvbank"]["receipt"]["ttft_s"] for answer in receipts) < 1.0
+
+
+# -- what fresh eyes found ---------------------------------------------------------------------------------------------
+
+def test_a_choice_that_fails_ends_its_siblings(make_worker, make_server, eventually) -> None:
+    for stream in (False, True):
+        worker = make_worker("worker-0")
+        worker.token_s = 0.5
+        server = make_server(worker)
+        with httpx.Client(base_url=server.address, timeout=30) as client:
+            asked = threading.Thread(target=lambda client=client, stream=stream: client.post(
+                "/v1/completions", json={"prompt": PROMPT, "n": 4, "max_tokens": 200, "stream": stream}))
+            asked.start()
+            eventually(lambda server=server: len([job for job in server.gateway.jobs("default") if job.ids]) == 4)
+            client.post(f"/v1/jobs/{server.gateway.jobs('default')[2].id}/cancel")
+            asked.join(20)
+            assert not asked.is_alive()
+            eventually(lambda server=server: server.gateway.live == 0)
+
+
+def test_more_log_probabilities_than_an_answer_may_have_are_refused_with_numbers(make_worker, make_server) -> None:
+    address = make_server(make_worker("worker-0")).address
+    body = {"prompt": PROMPT, "max_tokens": 4000, "n": 16, "logprobs": 5}
+    answer = httpx.post(f"{address}/v1/completions", json=body)
+    assert answer.status_code == 400 and "384000" in answer.json()["error"]["message"]
+
+
+def test_probes_may_call_this_gateway_what_they_like_and_nobody_else(make_worker, make_server) -> None:
+    address = make_server(make_worker("worker-0")).address
+    headers = {"Host": "10.1.2.3:8080"}
+    assert httpx.get(f"{address}/health", headers=headers).status_code == 200
+    assert httpx.get(f"{address}/v1/models", headers=headers).status_code == 403

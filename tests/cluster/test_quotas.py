@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from kvbank.cluster.quotas import BURST_S, Quotas
-from kvbank.errors import Overloaded
+from kvbank.errors import InvalidRequest, Overloaded
 
 
 def test_a_tenant_has_as_many_jobs_as_it_may_and_then_one_for_each_that_ends() -> None:
@@ -62,3 +62,25 @@ def test_at_the_gateway_one_tenants_flood_is_refused_and_another_tenant_is_serve
     httpx.delete(f"{server.address}/v1/jobs/{made[0].json()['id']}", headers=a)
     httpx.get(f"{server.address}/v1/jobs/{made[0].json()['id']}", params={"wait_s": 10}, headers=a)
     assert submit(a).status_code == 202
+
+
+def test_a_request_with_choices_is_taken_whole_or_costs_nothing(make_worker, make_server) -> None:
+    """And what Retry-After says holds, also for all of them together."""
+    quotas = Quotas(tokens_per_s=10.0)
+    quotas.admit("a", 50, 0.0)
+    with pytest.raises(Overloaded) as refused:
+        quotas.admit("a", 80, 0.0, jobs=4)
+    quotas.admit("a", 80, refused.value.retry_after_s + 1e-6, jobs=4)
+    with pytest.raises(InvalidRequest, match="at once"):
+        Quotas(jobs=2).admit("a", 1, 0.0, jobs=4)
+
+    worker = make_worker("worker-0")
+    worker.token_s = 1.0
+    server = make_server(worker, api_keys={"key-a": "a"}, limits={"tenant_jobs": 3})
+    with httpx.Client(base_url=server.address, headers={"Authorization": "Bearer key-a"}) as client:
+        client.post("/v1/jobs", json={"prompt": [1, 2, 3]})
+        body = {"prompt": [1, 2, 3], "n": 3, "stream": True}
+        assert client.post("/v1/completions", json=body).status_code == 429
+        assert len(client.get("/v1/jobs").json()["data"]) == 1, "nothing of it was admitted"
+        answer = client.post("/v1/completions", json={**body, "n": 4})
+        assert answer.status_code == 400 and "choices" in answer.json()["error"]["message"]

@@ -39,14 +39,25 @@ async function ask(url, options = {}) {
 
 async function post(url) {
   if (!csrf) csrf = (await ask("/v1/ops/session")).body?.csrf || "";
-  return ask(url, { method: "POST", headers: { "x-kvbank-csrf": csrf } });
+  const answer = await ask(url, { method: "POST", headers: { "x-kvbank-csrf": csrf } });
+  if (answer.status !== 403) return answer;
+  csrf = (await ask("/v1/ops/session")).body?.csrf || "";        // the gateway was started again, and has another one
+  return csrf ? ask(url, { method: "POST", headers: { "x-kvbank-csrf": csrf } }) : answer;
 }
 
 // -- views -------------------------------------------------------------------------------------------------------------
 
+function decoded(name) {
+  try {
+    return decodeURIComponent(name);
+  } catch (_error) {
+    return name;                                                   // typed by hand: it names nobody
+  }
+}
+
 function chosen() {
   const [, page = "", name = ""] = location.hash.split("/");
-  const id = decodeURIComponent(name);
+  const id = decoded(name);
   switch (page) {
     case "": return new Overview();
     case "members": return new Members();
