@@ -145,7 +145,7 @@ def recall_is_obeyed_and_not_noted(real: Any) -> Any:
 
 def noise_of_the_step(real: Any) -> Any:
     """The noise of a draw hangs on the row it is drawn in."""
-    return lambda row, params, position: real(row, params, row)
+    return lambda row, params, position, *rest: real(row, params, row, *rest)
 
 
 def claims_outlive_their_owner(real: Any) -> Any:

@@ -5,11 +5,13 @@ That the unharmed product survives the same scenes with the same seeds is tested
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,10 +52,28 @@ def test_what_is_not_planted_is_not_caught(catches: dict[str, Future[hunt.Catch]
 
 
 def test_each_mutant_has_its_story_and_something_to_replace() -> None:
+    """And takes what the real one takes: a mutant left behind by a change would crash the day its turn comes."""
     assert len(hunt.MUTANTS) >= 20
     for mutant in hunt.MUTANTS.values():
         assert len(mutant.harm.split()) >= 10, mutant.name
-        for target in mutant.patches:
-            kept = []
+        for target, make in mutant.patches.items():
+            kept: list[Any] = []
             replace(target, lambda real, kept=kept: kept.append(real) or real)       # as it was: nothing is planted here
             assert kept and kept[0] is not None, target
+            if inspect.isroutine(kept[0]) or inspect.isclass(kept[0]):
+                assert takes_the_same(make(kept[0]), kept[0]), f"{mutant.name}: {target}"
+
+
+def takes_the_same(planted: Any, real: Any) -> bool:
+    """Every way to call the real one by position is a way to call the planted one."""
+    places = [p for p in inspect.signature(real).parameters.values()
+              if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    fewest = sum(p.default is p.empty for p in places)
+    try:
+        for count in range(fewest, len(places) + 1):
+            by_name = {p.name: None for p in inspect.signature(real).parameters.values()
+                       if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+            inspect.signature(planted).bind(*range(count), **by_name)
+    except TypeError:
+        return False
+    return True
