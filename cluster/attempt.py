@@ -1,24 +1,23 @@
-"""Attempt: one job on one worker, as long as its Submit stream lasts.
+"""Attempt: one job on one worker, as long as its lane of the Submit stream lasts.
 
-    job -> | accepted, progress*, tokens*, done | failed | ->        at any time: cancel(reason) ->
+    job -> | accepted, progress*, tokens*, done | failed | lost | ->        at any time: cancel(reason) ->
 
-Whatever ends the stream is told apart here: the job is settled, the job failed, or only this attempt was lost and
+Whatever ends the lane is told apart here: the job is settled, the job failed, or only this attempt was lost and
 another worker may go on. Tokens count at the next index of the job's output and nowhere else.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import grpc.aio
 import numpy as np
 
 from kvbank.cluster.job import Job, Logprob
+from kvbank.cluster.submit_line import Lane, LineLost
 from kvbank.errors import Cancelled, DeadlineExceeded, KVBankError, Unavailable, from_code
 from kvbank.proto import jobs_pb2
 
@@ -43,61 +42,45 @@ class Attempt:
     """`run` it once. Meanwhile `job.attempt_running` is this object, so that whoever ends the job tells its worker."""
 
     def __init__(
-        self, job: Job, call: Any, *, silence_s: float, grace_s: float, clock: Callable[[], float],
-        on_tokens: Callable[[int], None], on_stop: Callable[[], None],
+        self, job: Job, lane: Lane, *, silence_s: float, grace_s: float, clock: Callable[[], float],
+        on_tokens: Callable[[int], None], on_stop: Callable[[], None], trace: str = "",
     ) -> None:
+        """on_tokens: hears how many came. on_stop: ends the job, for a stop string was seen. trace: traceparent."""
         self._job = job
-        self._call = call
+        self._lane = lane
         self._silence_s, self._grace_s = silence_s, grace_s
         self._clock = clock
-        self._on_tokens = on_tokens      # count of new tokens
-        self._on_stop = on_stop          # a stop string was seen: end the job
+        self._on_tokens, self._on_stop = on_tokens, on_stop
+        self._trace = trace
         self._accepted = False
-        self._telling: set[asyncio.Task[None]] = set()
 
     async def run(self) -> Lost | None:
         """None: the job is settled. Raises the error that ends the job, also the one it was asked to end with."""
-        lost = "stream_ended"
         try:
             async with asyncio.timeout(self._silence_s) as silence:
                 return await self._exchange(silence)
-        except grpc.aio.AioRpcError as error:
-            lost = error.code().name.lower()
-        except asyncio.InvalidStateError:            # the call was over before the job was written
-            lost = "unavailable"
+        except LineLost as line:
+            lost = line.reason
         except TimeoutError:
             lost = "silent"
-        except asyncio.CancelledError:
-            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
-                raise                                # this task, and not only the call, is being cancelled
-            lost = "call_cancelled"
         finally:
             self._job.attempt_running = None
-            self._call.cancel()
+            self._lane.leave()
         return self._over(lost)
 
     def cancel(self, reason: str) -> None:
         """Tell the worker, and stop waiting for its receipt after the grace period."""
-        task = asyncio.create_task(self._tell(reason))
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
-        asyncio.get_running_loop().call_later(self._grace_s, self._call.cancel)
-
-    async def _tell(self, reason: str) -> None:
-        # When the stream is over its reader knows: nothing is lost with this message.
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
-            await self._call.write(jobs_pb2.SubmitRequest(cancel=jobs_pb2.Cancel(reason=reason)))
+        self._lane.write(jobs_pb2.SubmitRequest(cancel=jobs_pb2.Cancel(reason=reason)))
+        asyncio.get_running_loop().call_later(self._grace_s, self._lane.leave)
 
     async def _exchange(self, silence: asyncio.Timeout) -> Lost | None:
         job, loop = self._job, asyncio.get_running_loop()
-        await self._call.write(jobs_pb2.SubmitRequest(job=self._message()))
+        self._lane.write(jobs_pb2.SubmitRequest(job=self._message()))
         job.attempt_running = self
-        if job.ending:                               # it was asked to end while it was being written
+        if job.ending:                               # since a worker was chosen
             self.cancel(job.ending)
         while True:
-            reply = await self._call.read()
-            if reply is grpc.aio.EOF:
-                return self._over("stream_ended")
+            reply = await self._lane.read()
             silence.reschedule(loop.time() + self._silence_s)
             kind = reply.WhichOneof("kind")
             if not self._accepted:
@@ -114,6 +97,8 @@ class Attempt:
                 return None
             elif kind == "failed":
                 return self._failed(reply.failed)
+            elif kind == "lost":
+                return self._over("unavailable")
 
     def _message(self) -> jobs_pb2.Job:
         job, spec = self._job, self._job.spec
@@ -128,7 +113,7 @@ class Attempt:
             ),
             stop_token_ids=spec.stop_token_ids, ignore_eos=spec.ignore_eos, deadline_ms=left_ms,
             keys=job.keys if len(job.keys) + len(spec.prompt) <= KEYS_AND_PROMPT_BYTES else b"",
-            age=job.age, policy=spec.policy, cache_salt=spec.cache_salt, logprobs=spec.logprobs,
+            age=job.age, policy=spec.policy, cache_salt=spec.cache_salt, logprobs=spec.logprobs, trace=self._trace,
         )
 
     def _take(self, tokens: jobs_pb2.Tokens) -> bool:
@@ -186,7 +171,7 @@ class Attempt:
         raise error
 
     def _over(self, reason: str) -> Lost | None:
-        """The stream is over without the worker's last word: as it should be when the job was asked to end."""
+        """The lane is over without the worker's last word: as it should be when the job was asked to end."""
         if self._job.ending == "stop":
             self._job.finish_reason = "stop"
             return None

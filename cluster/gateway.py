@@ -42,7 +42,7 @@ class GatewayLimits:
     max_jobs: int = 1024             # jobs not over; one more is Overloaded
     tenant_jobs: int | None = None   # of them, of one tenant
     tenant_tokens_per_s: float | None = None     # prompts and outputs that one tenant may ask for
-    lanes_per_worker: int = 200      # Submit streams open to one worker at once
+    lanes_per_worker: int = 200      # jobs at one worker at once
     retained_jobs: int = 4096        # jobs that are over and can still be read
     retained_s: float = 3600.0
     silence_s: float = 10.0          # a worker that says nothing about a job that long has lost it
@@ -107,7 +107,7 @@ class Gateway:
         self._jobs: OrderedDict[tuple[str, str], Job] = OrderedDict()     # (tenant, id); live ones and retained ones
         self._over: OrderedDict[tuple[str, str], float] = OrderedDict()   # retained ones by when they ended
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lanes: dict[str, int] = {}             # address -> open Submit streams
+        self._lanes: dict[str, int] = {}             # address -> attempts there
         self._pending: dict[str, int] = {}           # worker id -> prompt tokens sent there without a first token yet
         self._suspects: dict[tuple[str, bytes], float] = {}
         self._recent = RecentPrefixes()
@@ -399,10 +399,10 @@ class Gateway:
                 observer.tokens(count)
 
         span = self.traced.attempt(job, worker.id) if self.traced is not None else None
-        call = self._links.submit(worker.address, trace=span.parent if span is not None else "")
         attempt = Attempt(
-            job, call, silence_s=self.limits.silence_s, grace_s=self.limits.grace_s,
+            job, self._links.submit(worker.address), silence_s=self.limits.silence_s, grace_s=self.limits.grace_s,
             clock=self._clock, on_tokens=on_tokens, on_stop=lambda: self._end(job, "stop"),
+            trace=span.parent if span is not None else "",
         )
         try:
             return await attempt.run()

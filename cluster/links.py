@@ -1,6 +1,7 @@
 """Links: the gateway's gRPC channels to members, one per address and purpose, all on the gateway's event loop.
 
-Submit streams live long and Status must never queue behind them, so the two travel on separate connections.
+The Submit stream to a worker lives as long as both (submit_line.py), and Status must never queue behind it, so the two
+travel on separate connections.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
+from kvbank.cluster.submit_line import Lane, SubmitLine
 from kvbank.kvstore.transport import rpc
 from kvbank.kvstore.transport.badge import Badge
 from kvbank.proto import control_pb2, jobs_pb2, ops_pb2
@@ -24,16 +26,21 @@ class Links:
         self._channels: dict[tuple[str, str], Any] = {}
         self._stamps: dict[tuple[str, str], tuple[int, ...]] = {}    # of the certificates that each was made with
         self._older: dict[tuple[str, str], list[Any]] = {}
+        self._lines: dict[str, SubmitLine] = {}
 
-    def submit(self, address: str, *, trace: str = "") -> Any:
-        """A fresh Submit stream; the caller writes the job first and cancels the call when it leaves. trace: traceparent."""
+    def submit(self, address: str) -> Lane:
+        """A lane to a worker, for one attempt; the caller writes the job first and leaves when it no longer listens."""
         channel, metadata = self._channel(address, "submit")
-        method = channel.stream_stream(
-            "/kvbank.Jobs/Submit",
-            request_serializer=jobs_pb2.SubmitRequest.SerializeToString,
-            response_deserializer=jobs_pb2.SubmitReply.FromString,
-        )
-        return method(metadata=(*metadata, ("traceparent", trace)) if trace else metadata)
+        line = self._lines.get(address)
+        if line is None or line.over or line.channel is not channel:
+            if line is not None:
+                line.retire()
+            method = channel.stream_stream(
+                "/kvbank.Jobs/Submit", request_serializer=jobs_pb2.SubmitRequest.SerializeToString,
+                response_deserializer=jobs_pb2.SubmitReplies.FromString,
+            )
+            line = self._lines[address] = SubmitLine(method(metadata=metadata), channel=channel)
+        return line.lane()
 
     async def status(self, address: str, *, timeout_s: float) -> jobs_pb2.WorkerStatus:
         """What one member says of itself. Raises grpc.aio.AioRpcError."""
@@ -74,6 +81,8 @@ class Links:
     async def forget(self, alive: set[str], *, purpose: str | None = None) -> None:
         """Close the channels (of one purpose, or all) to addresses that nobody uses any more."""
         gone = [key for key in self._channels if key[0] not in alive and purpose in (None, key[1])]
+        for address in [address for address in self._lines if (address, "submit") in gone]:
+            self._lines.pop(address).close()
         for key in gone:
             channel, _ = self._channels.pop(key)
             del self._stamps[key]

@@ -1,7 +1,7 @@
 """Traced jobs at the gateway: from the caller's traceparent to the worker's, one span for the job and one for each attempt.
 
     HTTP header traceparent --IncomingTrace--> (context of the request) --admitted--> gateway.job
-                                                       gRPC metadata traceparent <--attempt-- gateway.attempt
+                                                       Job.trace on the wire <--attempt-- gateway.attempt
 
 Exists only where tracing is on. Knows neither routes nor workers. What a span says of a job are our own ids and counts.
 """

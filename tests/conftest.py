@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -30,6 +31,21 @@ def redis_server() -> Iterator[EmbeddedRedis]:
         pytest.skip(str(error))
     with EmbeddedRedis(256 << 20) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., Any]:
+    """until(check, within_s=60.0): the first true value of check(), or a failure that says what it was instead. For what
+    another thread or process is about to do."""
+
+    def wait(check: Callable[[], Any], within_s: float = 60.0) -> Any:
+        give_up = time.monotonic() + within_s
+        while not (value := check()):
+            assert time.monotonic() < give_up, f"still {value!r} after {within_s} s"
+            time.sleep(0.02)
+        return value
+
+    return wait
 
 
 @pytest.fixture(scope="session")

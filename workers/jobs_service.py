@@ -1,31 +1,32 @@
-"""Jobs over gRPC: one Submit stream per attempt of a job. Tokens, progress, cancel and the receipt ride it.
+"""Jobs over gRPC: a Submit stream from each gateway, with a lane for each attempt of a job (jobs_line.py).
 
-    gateway --job--> | accepted, progress*, tokens*, done|failed | --> gateway          a cancel may come at any time
+    gateway --job--> | accepted, progress*, tokens*, done|failed|lost | --> gateway        a cancel may come at any time
 
-Forwards between streams and the engine's inbox and events; decides nothing. Servicer threads never wait for the engine
-longer than PROGRESS_S, nor for control longer than HEAR_S.
+Forwards between lanes and the engine's inbox and events; decides nothing. What a stream's reader does takes no longer than
+it takes to check a job.
 """
 
 from __future__ import annotations
 
-import queue
+import logging
 from array import array
-from collections.abc import Callable, Iterator
-from threading import Lock, Thread
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from threading import Thread
 
 import grpc
 
-from kvbank.errors import Cancelled, InvalidRequest, KVBankError, TooLong, Unavailable
+from kvbank.errors import InvalidRequest, KVBankError, TooLong, Unavailable
 from kvbank.kvstore.layout import BlockKey
 from kvbank.kvstore.traces import Trace, Traces, context_of
 from kvbank.proto import jobs_pb2 as pb
-from kvbank.workers.engine import Engine, EngineEvent, Failed, Finished, Token
+from kvbank.workers.engine import Engine, EngineEvent
+from kvbank.workers.jobs_line import Lane, Line, failed
 from kvbank.workers.sampler import MAX_LOGPROBS, SamplingParams
-from kvbank.workers.seams import BackendLost
 from kvbank.workers.sequence import JobSpec, Tally
 
-PROGRESS_S = 0.5
+log = logging.getLogger(__name__)
+
 HEAR_S = 1.0                                 # for control to say who is there, before a job is refused
 
 
@@ -44,67 +45,28 @@ class JobsService:
         self._status, self._clock, self._hear_control, self._resting = status, clock, hear_control, resting
         self._traces = traces
         self._contexts: dict[float, str] = {}        # age of a traced job -> its traceparent
-        self._queues: dict[str, queue.SimpleQueue[EngineEvent]] = {}
-        self._lock = Lock()
-        self._attempts = 0
+        self._lanes: dict[str, tuple[Line, Lane]] = {}           # by the name that the engine knows
+        self._attempts = count(1)
 
     def deliver(self, events: list[EngineEvent]) -> None:
-        """Engine thread: hand events to the streams that wait for them."""
+        """Engine thread: hand the events of a step to the lines that wait for them."""
+        told: dict[Line, list[tuple[Lane, EngineEvent]]] = {}
         for event in events:
-            waiting = self._queues.get(event.job)
-            if waiting is not None:
-                waiting.put(event)
+            if (found := self._lanes.get(event.job)) is not None:
+                told.setdefault(found[0], []).append((found[1], event))
+        for line, news in told.items():
+            line.put(news)
 
-    def submit(self, requests: Iterator[pb.SubmitRequest], context: grpc.ServicerContext) -> Iterator[pb.SubmitReply]:
+    def submit(self, requests: Iterator[pb.SubmitRequest], context: grpc.ServicerContext) -> Iterator[pb.SubmitReplies]:
         """The Submit handler."""
-        trace: Trace | None = None
+        line = Line(clock=self._clock, receipt=self._receipt, progress=self._progress)
+        if not context.add_callback(lambda: self._hang_up(line)):
+            return                                   # the caller has gone already
         try:
-            first = next(requests)
-            if first.WhichOneof("kind") != "job":
-                raise InvalidRequest("the first message of Submit must be a job")
-            if self._resting():
-                raise Unavailable("this worker is draining and takes no new jobs")
-            with self._lock:
-                self._attempts += 1
-                name = f"{first.job.id}#{first.job.attempt}.{self._attempts}"
-            if self._traces is not None:
-                trace = self._traces.begin("worker.submit", _traceparent(context), job=first.job.id, worker=self._id,
-                                           attempt=first.job.attempt)
-                name += trace.suffix                 # whoever does work for the job finds it there
-                self._contexts[first.job.age] = trace.parent
-            spec = job_spec(first.job, name, self._vocab)
-            self._know_who_lends(spec)
-        except StopIteration:
-            return
-        except KVBankError as error:
-            if trace is not None:
-                self._forget_trace(first.job.age, trace)
-                trace.end(outcome=error.code)
-            yield _failed(error, pb.Receipt())
-            return
-        waiting: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
-        self._queues[name] = waiting
-        reasons: list[str] = []
-        try:
-            self._engine.add(spec)                   # first: a cancel that came before its job would be forgotten
-            if not context.add_callback(lambda: self._engine.cancel(name)):
-                self._engine.cancel(name)            # the caller has gone already
-                return
-            Thread(target=self._read_cancel, args=(requests, name, reasons), daemon=True, name="submit-reader").start()
-            yield pb.SubmitReply(accepted=pb.Accepted(worker=self._id))
-            yield from self._stream(waiting, spec, reasons)
-        except BackendLost as lost:                  # as if this worker had died: not a word about the job, so it goes on
-            context.abort(grpc.StatusCode.UNAVAILABLE, str(lost))
+            Thread(target=self._listen, args=(requests, line, context), daemon=True, name="submit-reader").start()
+            yield from line.replies(self._forget)
         finally:
-            self._queues.pop(name, None)
-            if trace is not None:
-                self._forget_trace(first.job.age, trace)
-                trace.end()
-
-    def _forget_trace(self, age: float, trace: Trace) -> None:
-        """Unless a later attempt of the job is here already."""
-        if self._contexts.get(age) == trace.parent:
-            del self._contexts[age]
+            self._hang_up(line)
 
     def trace_of(self, age: float) -> str:
         """The traceparent of the job with this admission stamp; empty when it is not traced."""
@@ -114,68 +76,113 @@ class JobsService:
         return grpc.method_handlers_generic_handler("kvbank.Jobs", {
             "Submit": grpc.stream_stream_rpc_method_handler(
                 self.submit, request_deserializer=pb.SubmitRequest.FromString,
-                response_serializer=pb.SubmitReply.SerializeToString),
+                response_serializer=pb.SubmitReplies.SerializeToString),
             "Status": grpc.unary_unary_rpc_method_handler(
                 lambda _request, _context: self._status(), request_deserializer=pb.StatusRequest.FromString,
                 response_serializer=pb.WorkerStatus.SerializeToString),
         })
 
-    def _know_who_lends(self, spec: JobSpec) -> None:
-        """The gateway may know of lenders that came after this worker was last told: it hears of them before it refuses."""
-        try:
-            self._engine.check_fits(spec)
-        except TooLong:
-            self._hear_control(HEAR_S)
+    # -- what a gateway says -----------------------------------------------------------------------------------------
 
-    def _read_cancel(self, requests: Iterator[pb.SubmitRequest], name: str, reasons: list[str]) -> None:
+    def _listen(self, requests: Iterator[pb.SubmitRequest], line: Line, context: grpc.ServicerContext) -> None:
         try:
             for request in requests:
-                if request.WhichOneof("kind") == "cancel":
-                    reasons.append(request.cancel.reason)
-                    self._engine.cancel(name)
+                self._hear(request, line)
+            line.say_no_more()
         except grpc.RpcError:
-            pass                                     # the stream ended: its callback has cancelled the job
+            pass                                     # the stream ended: its callback hangs up
+        except Exception:                            # a line that nobody listens to must not look alive
+            log.exception("submit_reader_failed")
+            context.cancel()
 
-    def _stream(
-        self, waiting: queue.SimpleQueue[EngineEvent], spec: JobSpec, reasons: list[str]
-    ) -> Iterator[pb.SubmitReply]:
-        outputs = len(spec.emitted)
-        while True:
-            try:
-                event = waiting.get(timeout=PROGRESS_S)
-            except queue.Empty:
-                yield self._progress(spec)
+    def _hear(self, request: pb.SubmitRequest, line: Line) -> None:
+        kind = request.WhichOneof("kind")
+        if kind == "cancel":
+            if (lane := line.lane(request.lane)) is not None:
+                lane.reasons.append(request.cancel.reason)
+                lane.ending = True
+                self._engine.cancel(lane.spec.id)
+        elif kind == "leave":
+            if (lane := line.leave(request.lane)) is not None:
+                self._drop(lane)
+        else:
+            self._take(request, line)
+
+    def _take(self, request: pb.SubmitRequest, line: Line) -> None:
+        """Check a job and hand it in, or say why not."""
+        job, trace = request.job, None
+        try:
+            if request.WhichOneof("kind") != "job":
+                raise InvalidRequest("the first message of a lane must be a job")
+            if self._resting():
+                raise Unavailable("this worker is draining and takes no new jobs")
+            name = f"{job.id}#{job.attempt}.{next(self._attempts)}"
+            if self._traces is not None:
+                trace = self._traces.begin("worker.submit", job.trace, job=job.id, worker=self._id, attempt=job.attempt)
+                name += trace.suffix                 # whoever does work for the job finds it there
+                self._contexts[job.age] = trace.parent
+            lane = Lane(request.lane, job_spec(job, name, self._vocab), trace)
+            self._lanes[name] = (line, lane)
+            if not line.open(lane):
+                self._forget(lane)
+                raise InvalidRequest("this lane has a job already")
+        except KVBankError as error:
+            if trace is not None:
+                self._end_trace(job.age, trace, outcome=error.code)
+            line.say(request.lane, failed=failed(error, pb.Receipt()))
+            return
+        line.say(lane.number, accepted=pb.Accepted(worker=self._id))
+        try:
+            self._engine.check_fits(lane.spec)
+        except TooLong:
+            Thread(target=self._begin_later, args=(lane,), daemon=True, name="hear-control").start()
+        else:
+            self._begin(lane)
+
+    def _begin(self, lane: Lane) -> None:
+        self._engine.add(lane.spec)
+        if lane.ending:                              # that came too early for the engine
+            self._engine.cancel(lane.spec.id)
+
+    def _begin_later(self, lane: Lane) -> None:
+        """The gateway may know of lenders that came after this worker was last told: it hears of them before it refuses."""
+        self._hear_control(HEAR_S)
+        self._begin(lane)
+
+    # -- the end of lanes --------------------------------------------------------------------------------------------
+
+    def _hang_up(self, line: Line) -> None:
+        for lane in line.close():
+            self._drop(lane)
+
+    def _drop(self, lane: Lane) -> None:
+        lane.ending = True
+        self._engine.cancel(lane.spec.id)
+        self._forget(lane)
+
+    def _forget(self, lane: Lane) -> None:
+        self._lanes.pop(lane.spec.id, None)
+        if lane.trace is not None:
+            self._end_trace(lane.spec.age, lane.trace)
+
+    def _end_trace(self, age: float, trace: Trace, **attributes: str) -> None:
+        """The context is forgotten unless a later attempt of the job is here already."""
+        if self._contexts.get(age) == trace.parent:
+            del self._contexts[age]
+        trace.end(**attributes)
+
+    # -- what lanes say ----------------------------------------------------------------------------------------------
+
+    def _progress(self, specs: Sequence[JobSpec]) -> list[pb.Progress]:
+        running, told = {seq.job.id: seq for seq in self._engine.jobs()}, []
+        for spec in specs:
+            if (seq := running.get(spec.id)) is None:
+                told.append(pb.Progress(state="queued", total=len(spec.prompt)))
                 continue
-            if isinstance(event, Token):
-                tokens = [event]
-                while not waiting.empty():           # one message for all that is there
-                    event = waiting.get()
-                    if not isinstance(event, Token):
-                        break
-                    tokens.append(event)
-                outputs = tokens[0].index + len(tokens)
-                yield pb.SubmitReply(tokens=_tokens(tokens))
-            if isinstance(event, Finished):
-                yield pb.SubmitReply(done=pb.Done(finish_reason=event.reason, receipt=self._receipt(event.tally, spec, outputs)))
-                return
-            if isinstance(event, Failed):
-                if isinstance(event.error, BackendLost):
-                    raise event.error
-                receipt = self._receipt(event.tally, spec, outputs)
-                if isinstance(event.error, Cancelled) and reasons[:1] == ["stop"]:
-                    yield pb.SubmitReply(done=pb.Done(finish_reason="stop", receipt=receipt))
-                else:
-                    yield _failed(event.error, receipt)
-                return
-
-    def _progress(self, spec: JobSpec) -> pb.SubmitReply:
-        for seq in self._engine.jobs():
-            if seq.job.id == spec.id:
-                state = "queued" if seq.state == "waiting" else "decode" if seq.is_decoding else "prefill"
-                return pb.SubmitReply(progress=pb.Progress(
-                    state="waiting" if state == "prefill" and seq.waits_for else state, computed=seq.prompt_computed,
-                    total=seq.num_prompt, waits_for=seq.waits_for))
-        return pb.SubmitReply(progress=pb.Progress(state="queued", total=len(spec.prompt)))
+            state = "queued" if seq.state == "waiting" else "decode" if seq.is_decoding else "prefill"
+            told.append(pb.Progress(state="waiting" if state == "prefill" and seq.waits_for else state,
+                                    computed=seq.prompt_computed, total=seq.num_prompt, waits_for=seq.waits_for))
+        return told
 
     def _receipt(self, tally: Tally, spec: JobSpec, outputs: int) -> pb.Receipt:
         now = self._clock()
@@ -217,17 +224,6 @@ def job_spec(job: pb.Job, name: str, vocab_size: int) -> JobSpec:
     )
 
 
-def _tokens(events: list[Token]) -> pb.Tokens:
-    """Consecutive tokens of one job as the wire has them."""
-    message = pb.Tokens(first_index=events[0].index, ids=array("i", [event.token for event in events]).tobytes())
-    told = [event.logprobs for event in events if event.logprobs is not None]
-    if len(told) == len(events):
-        message.logprobs = array("f", [each.drawn for each in told]).tobytes()
-        message.top_ids = array("i", [token for each in told for token in each.top_ids]).tobytes()
-        message.top_logprobs = array("f", [value for each in told for value in each.top]).tobytes()
-    return message
-
-
 def trace_phases(traces: Traces, spec: JobSpec, tally: Tally, now: float) -> None:
     """The engine's part of a job's trace, from its tally: queue, prefill, decode, and what was computed again."""
     parent = context_of(spec.id)
@@ -245,15 +241,7 @@ def trace_phases(traces: Traces, spec: JobSpec, tally: Tally, now: float) -> Non
         traces.record("engine.replay", parent, tally.replay_began, tally.replay_ended, tokens=tally.recomputed_after_fault)
 
 
-def _traceparent(context: grpc.ServicerContext) -> str:
-    return next((str(value) for key, value in context.invocation_metadata() if key == "traceparent"), "")
-
-
 def _ids(data: bytes) -> list[int]:
     if len(data) % 4:
         raise InvalidRequest("token ids are not int32")
     return array("i", data).tolist()
-
-
-def _failed(error: KVBankError, receipt: Any) -> pb.SubmitReply:
-    return pb.SubmitReply(failed=pb.Failed(code=error.code, message=str(error), receipt=receipt))

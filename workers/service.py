@@ -50,7 +50,7 @@ from kvbank.workers.ops_service import OpsService
 log = logging.getLogger(__name__)
 
 ADVICE_S = 0.25
-SERVER_THREADS = 600                         # a Submit stream holds one each; idle ones cost little
+SERVER_THREADS = 600                         # a stream of a gateway or a peer holds one each; idle ones cost little
 TIMINGS = ("term_s", "renew_s", "fill_s", "borrow_retry_s", "borrow_give_up_s", "put_retry_s", "put_give_up_s",
            "attend_hedge_s", "attend_lost_s", "recall_urgent_s", "recall_calm_s", "recall_drain_s", "recall_repeat_s")
 

@@ -6,6 +6,8 @@ the right output is known beforehand.
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import shutil
 import threading
 import time
@@ -52,6 +54,7 @@ class FakeWorker:
     def __init__(self, name: str) -> None:
         self.id = name
         self.seen: list[pb.Job] = []
+        self.streams = 0                                     # opened so far
         self.cancels: list[str] = []
         self.failure: tuple[str, str] | None = None          # answered instead of tokens
         self.refusal: tuple[str, str] | None = None          # answered before the job is taken up
@@ -66,7 +69,7 @@ class FakeWorker:
         self._server = rpc.server(TOKEN, threads=16)
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("kvbank.Jobs", {
             "Submit": grpc.stream_stream_rpc_method_handler(
-                self._submit, pb.SubmitRequest.FromString, pb.SubmitReply.SerializeToString),
+                self._submit, pb.SubmitRequest.FromString, pb.SubmitReplies.SerializeToString),
             "Status": grpc.unary_unary_rpc_method_handler(
                 self._status, pb.StatusRequest.FromString, pb.WorkerStatus.SerializeToString),
         })])
@@ -89,12 +92,47 @@ class FakeWorker:
             counters={"forward_rows": 5},
         )
 
-    def _submit(self, requests: Iterator[pb.SubmitRequest], context: grpc.ServicerContext) -> Iterator[pb.SubmitReply]:
-        context.add_callback(self.ended.set)
-        job = next(requests).job
-        self.seen.append(job)
-        cancelled = threading.Event()
-        threading.Thread(target=self._listen, args=(requests, cancelled), daemon=True).start()
+    def _submit(self, requests: Iterator[pb.SubmitRequest], context: grpc.ServicerContext) -> Iterator[pb.SubmitReplies]:
+        said: queue.SimpleQueue[pb.SubmitReply | None] = queue.SimpleQueue()         # None: this place dies
+        lanes: dict[int, threading.Event] = {}               # of its jobs: the gateway wants no more
+
+        def left() -> None:
+            for cancelled in lanes.values():
+                cancelled.set()
+            self.ended.set()
+            said.put(None)
+
+        def listen() -> None:
+            with contextlib.suppress(Exception):             # the stream ended
+                for request in requests:
+                    kind = request.WhichOneof("kind")
+                    if kind == "job":
+                        self.seen.append(request.job)
+                        lanes[request.lane] = threading.Event()
+                        threading.Thread(target=run, args=(request, lanes[request.lane]), daemon=True).start()
+                        continue
+                    if kind == "cancel":
+                        self.cancels.append(request.cancel.reason)
+                    else:
+                        self.ended.set()
+                    lanes[request.lane].set()
+
+        def run(request: pb.SubmitRequest, cancelled: threading.Event) -> None:
+            try:
+                for reply in self._answers(request.job, cancelled):
+                    reply.lane = request.lane
+                    said.put(reply)
+            except Dies:
+                said.put(None)
+
+        self.streams += 1
+        context.add_callback(left)
+        threading.Thread(target=listen, daemon=True).start()
+        while (reply := said.get()) is not None:
+            yield pb.SubmitReplies(replies=[reply])
+        context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
+
+    def _answers(self, job: pb.Job, cancelled: threading.Event) -> Iterator[pb.SubmitReply]:
         if self.refusal is not None:
             yield pb.SubmitReply(failed=pb.Failed(code=self.refusal[0], message=self.refusal[1]))
             return
@@ -113,7 +151,7 @@ class FakeWorker:
                 return
             if at == self.die_at:
                 self.die_at = None if self.die_once else at
-                context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
+                raise Dies
             if at == self.hang_at:
                 self.hang_at = None
                 cancelled.wait(30)
@@ -137,13 +175,9 @@ class FakeWorker:
         return pb.Receipt(prompt_tokens=prompt, output_tokens=outputs, computed_tokens=prompt - prompt // 2,
                           reused={"device": prompt // 2}, missed={"never_seen": prompt - prompt // 2})
 
-    def _listen(self, requests: Iterator[pb.SubmitRequest], cancelled: threading.Event) -> None:
-        try:
-            for request in requests:
-                self.cancels.append(request.cancel.reason)
-                cancelled.set()
-        except Exception:                            # the stream ended
-            cancelled.set()
+
+class Dies(Exception):
+    """A fake worker's process ends here."""
 
 
 class FakeRoster:
@@ -294,19 +328,6 @@ def open_page(chromium: Browser) -> Iterator[Callable[..., Page]]:
     yield open_one
     for context in contexts:
         context.close()
-
-
-@pytest.fixture
-def eventually() -> Callable[..., None]:
-    """Wait for a condition with a bound, instead of sleeping and hoping."""
-
-    def wait(condition: Callable[[], object], *, within_s: float = 10.0) -> None:
-        give_up_at = time.monotonic() + within_s
-        while not condition():
-            assert time.monotonic() < give_up_at, "the condition did not come true in time"
-            time.sleep(0.005)
-
-    return wait
 
 
 @pytest.fixture

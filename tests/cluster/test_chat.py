@@ -52,11 +52,11 @@ def test_n_gives_choices_with_seeds_of_their_own(make_worker, make_server) -> No
     assert {c["choices"][0]["index"] for c in chunks if c["choices"][0]["finish_reason"]} == {0, 1, 2}
 
 
-def test_without_a_limit_the_answer_has_4096_tokens_or_what_fits(make_worker, make_server, eventually) -> None:
+def test_without_a_limit_the_answer_has_4096_tokens_or_what_fits(make_worker, make_server, until) -> None:
     worker = make_worker("worker-0")
     stream = {"messages": CHAT, "stream": True}
     with httpx.stream("POST", f"{make_server(worker, max_position=9999).address}/v1/chat/completions", json=stream):
-        eventually(lambda: worker.seen)
+        until(lambda: worker.seen)
     assert worker.seen[-1].max_tokens == 4096
     for options, room in (({"max_position": 100}, 100), ({"capacity_tokens": 80}, 80), ({"max_job_tokens": 60}, 60)):
         whole = httpx.post(f"{make_server(worker, **options).address}/v1/chat/completions", json={"messages": CHAT}).json()

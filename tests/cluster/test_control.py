@@ -71,17 +71,17 @@ def cluster() -> Iterator[Callable[..., object]]:
         end()
 
 
-def test_members_meet_and_what_they_hold_is_found(cluster, eventually) -> None:
+def test_members_meet_and_what_they_hold_is_found(cluster, until) -> None:
     _, address = cluster()
     one, two = cluster.member(address, "worker-0"), cluster.member(address, "lender-0", "lender")
     one.held = KEYS[:5]
     one.start(), two.start()
-    eventually(lambda: one.seen and one.seen[-1] == ["lender-0", "worker-0"])
-    eventually(lambda: two.line.locate(KEYS))
+    until(lambda: one.seen and one.seen[-1] == ["lender-0", "worker-0"])
+    until(lambda: two.line.locate(KEYS))
     (run,) = two.line.locate(KEYS)
     assert (run.id, run.first, run.count) == ("worker-0", 0, 5)
     assert one.line.locate(KEYS) == [], "the asker knows what it holds itself"
-    eventually(lambda: one.line.lenders(4, 4096))
+    until(lambda: one.line.lenders(4, 4096))
     (candidate,) = one.line.lenders(4, 4096)
     assert (candidate.id, candidate.boot, candidate.slots_lendable) == ("lender-0", two.facts.boot, 8)
     assert one.line.lenders(4, 4097) == []
@@ -123,43 +123,43 @@ def test_an_address_in_use_is_a_config_error(cluster) -> None:
         cluster(address)
 
 
-def test_a_member_that_asks_sees_who_came_since_its_last_beat(cluster, eventually) -> None:
+def test_a_member_that_asks_sees_who_came_since_its_last_beat(cluster, until) -> None:
     _, address = cluster(suspect_s=1e3, gone_s=1e3)
     one = cluster.member(address, "worker-0", interval_s=600.0).start()
-    eventually(lambda: one.seen)
+    until(lambda: one.seen)
     cluster.member(address, "lender-0", "lender").start()
     one.line.beat_now(30.0)
     assert [member.id for member in one.line.members] == ["lender-0", "worker-0"]
 
 
-def test_a_member_that_asks_while_control_is_away_keeps_what_it_knew(cluster, eventually) -> None:
+def test_a_member_that_asks_while_control_is_away_keeps_what_it_knew(cluster, until) -> None:
     control, address = cluster()
     one = cluster.member(address, "worker-0").start()
-    eventually(lambda: one.seen)
+    until(lambda: one.seen)
     control.stop()
     one.line.beat_now(0.1)
     assert [member.id for member in one.line.members] == ["worker-0"]
 
 
-def test_a_restarted_control_knows_everything_again(cluster, eventually) -> None:
+def test_a_restarted_control_knows_everything_again(cluster, until) -> None:
     first, address = cluster()
     members = [cluster.member(address, f"worker-{number}") for number in range(3)]
     for number, member in enumerate(members):
         member.held = KEYS[:number + 1]
         member.start()
-    eventually(lambda: len(members[0].line.locate(KEYS)) == 2)
-    eventually(lambda: len(members[0].line.members) == 3)        # else a last beat on its way tells more after `known`
+    until(lambda: len(members[0].line.locate(KEYS)) == 2)
+    until(lambda: len(members[0].line.members) == 3)        # else a last beat on its way tells more after `known`
     first.stop()
     known = members[0].line.members
     assert members[0].line.locate(KEYS) == [] and members[0].line.lenders(1, 1) == []
     assert members[0].line.members == known, "the last view stays while control is away"
     second, _ = cluster(address)
-    eventually(lambda: len(second.views()) == 3)
+    until(lambda: len(second.views()) == 3)
 
     def found() -> list[tuple[str, int]]:
         return sorted((run.id, run.count) for run in members[0].line.locate(KEYS))
 
-    eventually(lambda: found() == [("worker-1", 2), ("worker-2", 3)])
+    until(lambda: found() == [("worker-1", 2), ("worker-2", 3)])
     assert second.views()[0].facts.boot == members[0].facts.boot
 
 
@@ -174,28 +174,28 @@ def test_questions_are_answered_within_a_fraction_of_a_second_while_control_is_a
     assert answers == [([], [])]
 
 
-def test_who_stops_is_gone_at_once_and_who_is_killed_after_a_while(cluster, eventually) -> None:
+def test_who_stops_is_gone_at_once_and_who_is_killed_after_a_while(cluster, until) -> None:
     control, address = cluster(gone_s=0.6)
     polite, killed = cluster.member(address, "worker-0").start(), cluster.member(address, "worker-1").start()
-    eventually(lambda: len(control.views()) == 2)
+    until(lambda: len(control.views()) == 2)
     polite.line.stop()
     assert [view.facts.id for view in control.views()] == ["worker-1"]
     killed.line._stopping.set()                                  # its thread ends without a word, as by SIGKILL
-    eventually(lambda: [view.suspect for view in control.views()] in ([True], []))
-    eventually(lambda: control.views() == [])
+    until(lambda: [view.suspect for view in control.views()] in ([True], []))
+    until(lambda: control.views() == [])
 
 
-def test_a_member_whose_counts_fail_stays_a_member(cluster, eventually) -> None:
+def test_a_member_whose_counts_fail_stays_a_member(cluster, until) -> None:
     control, address = cluster(gone_s=0.6)
     member = cluster.member(address, "worker-0").start()
-    eventually(lambda: member.fulls)
+    until(lambda: member.fulls)
     member.broken = True
     beats = member.line._seq
-    eventually(lambda: member.line._seq > beats + 60)
+    until(lambda: member.line._seq > beats + 60)
     assert [view.facts.id for view in control.views()] == ["worker-0"]
     member.broken, member.held = False, KEYS[:2]
     member.fulls.clear()
-    eventually(lambda: True in member.fulls)
+    until(lambda: True in member.fulls)
 
 
 def test_a_lost_report_is_made_good_by_a_full_one(cluster) -> None:
@@ -250,7 +250,7 @@ class LostAnswer(grpc.RpcError):
         return "lost"
 
 
-def test_calls_that_arrive_twice_and_answers_that_are_lost_change_nothing(cluster, eventually, monkeypatch) -> None:
+def test_calls_that_arrive_twice_and_answers_that_are_lost_change_nothing(cluster, until, monkeypatch) -> None:
     wires: list[Mangled] = []
 
     def channel(address: str, token: str, make: Callable[..., grpc.Channel] = heartbeat.rpc.channel) -> grpc.Channel:
@@ -262,21 +262,21 @@ def test_calls_that_arrive_twice_and_answers_that_are_lost_change_nothing(cluste
     one, two = cluster.member(address, "worker-0"), cluster.member(address, "lender-0", "lender")
     one.held = KEYS[:5]
     one.start(), two.start()
-    eventually(lambda: [(run.id, run.count) for run in two.line.locate(KEYS)] == [("worker-0", 5)])
-    eventually(lambda: [candidate.id for candidate in one.line.lenders(4, 4096)] == ["lender-0"])
+    until(lambda: [(run.id, run.count) for run in two.line.locate(KEYS)] == [("worker-0", 5)])
+    until(lambda: [candidate.id for candidate in one.line.lenders(4, 4096)] == ["lender-0"])
     assert sorted(view.facts.id for view in control.views()) == ["lender-0", "worker-0"]
     two.line.stop()
-    eventually(lambda: [view.facts.id for view in control.views()] == ["worker-0"])
+    until(lambda: [view.facts.id for view in control.views()] == ["worker-0"])
     assert all(wire.calls[f"/kvbank.Control/{name}"] for wire in wires for name in ("Register", "Heartbeat"))
 
 
-def test_more_keys_than_fit_one_message_arrive_one_report_after_the_other(cluster, eventually, monkeypatch) -> None:
+def test_more_keys_than_fit_one_message_arrive_one_report_after_the_other(cluster, until, monkeypatch) -> None:
     monkeypatch.setattr(heartbeat, "REPORT_BYTES", 3 * 32)
     _, address = cluster()
     holder, asker = cluster.member(address, "worker-0"), cluster.member(address, "worker-1")
     holder.held = list(KEYS)
     holder.start(), asker.start()
-    eventually(lambda: [run.count for run in asker.line.locate(KEYS)] == [len(KEYS)])
+    until(lambda: [run.count for run in asker.line.locate(KEYS)] == [len(KEYS)])
 
 
 def test_a_key_that_is_gone_before_it_was_told_is_not_told() -> None:

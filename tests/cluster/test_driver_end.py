@@ -208,13 +208,13 @@ def test_children_that_ignore_every_signal_and_grandchildren_end_with_the_driver
     gone(driver)
 
 
-def test_a_process_of_the_drivers_own_is_left_alone(drive, eventually) -> None:
+def test_a_process_of_the_drivers_own_is_left_alone(drive, until) -> None:
     driver = drive("process", "workers=1", "redis=none")
     driver.until("up")
     driver.tell("fork")
     driver.until("did fork")
     driver.process.kill()
-    eventually(lambda: len(driver.left()) == 1, within_s=8.0)
+    until(lambda: len(driver.left()) == 1, within_s=8.0)
     assert "time.sleep(600)" in driver.left()[0]
 
 
@@ -305,11 +305,11 @@ RAY_POINTS = [
 
 @pytest.mark.ray
 @pytest.mark.parametrize(("number", "point"), RAY_POINTS)
-def test_nothing_is_left_when_the_driver_ends_on_ray(drive, eventually, number: signal.Signals, point: str) -> None:
+def test_nothing_is_left_when_the_driver_ends_on_ray(drive, until, number: signal.Signals, point: str) -> None:
     driver = drive("ray", "workers=1")
     reach(driver, point)
     if point == "starting Ray":
-        eventually(lambda: any("gcs_server" in words for _, words in tagged(driver.tag)))
+        until(lambda: any("gcs_server" in words for _, words in tagged(driver.tag)))
     driver.process.send_signal(number)
     driver.process.wait(30.0)
     gone(driver)

@@ -33,7 +33,7 @@ def test_a_job_runs_on_a_worker_and_brings_its_receipt(make_worker, make_server,
     assert 0 < job["receipt"]["ttft_s"] <= job["receipt"]["total_s"]
 
 
-def test_a_worker_killed_mid_stream_costs_no_token_and_repeats_none(make_worker, make_server, answer_of, eventually):
+def test_a_worker_killed_mid_stream_costs_no_token_and_repeats_none(make_worker, make_server, answer_of, until):
     first, second = make_worker("worker-0"), make_worker("worker-1")
     first.token_s = 0.05
     server = make_server(first, second, choose=lambda workers, held, tokens: workers[0].id)
@@ -143,21 +143,21 @@ def test_the_callers_job_id_never_reaches_a_worker(make_worker, make_server) -> 
     assert worker.seen[0].id != "mine" and worker.seen[0].id.startswith("j-")
 
 
-def test_a_deadline_ends_a_job_with_what_it_has(make_worker, make_server, eventually) -> None:
+def test_a_deadline_ends_a_job_with_what_it_has(make_worker, make_server, until) -> None:
     worker = make_worker("worker-0")
     worker.token_s = 0.05
     job = run(make_server(worker).address, max_tokens=1000, deadline_s=0.3)
     assert job["error"]["code"] == "deadline_exceeded"
     assert worker.seen[0].deadline_ms <= 300
-    eventually(lambda: worker.cancels == ["deadline"])
+    until(lambda: worker.cancels == ["deadline"])
 
 
-def test_a_cancelled_job_tells_its_worker_and_keeps_its_receipt(make_worker, make_server, eventually) -> None:
+def test_a_cancelled_job_tells_its_worker_and_keeps_its_receipt(make_worker, make_server, until) -> None:
     worker = make_worker("worker-0")
     worker.token_s = 0.02
     address = make_server(worker).address
     job_id = httpx.post(f"{address}/v1/jobs", json={"prompt": PROMPT, "max_tokens": 1000}).json()["id"]
-    eventually(lambda: finished_now(address, job_id)["output_tokens"] > 2)
+    until(lambda: finished_now(address, job_id)["output_tokens"] > 2)
     assert httpx.delete(f"{address}/v1/jobs/{job_id}").status_code == 202
     job = finished(address, job_id)
     assert job["state"] == "cancelled" and job["error"]["code"] == "cancelled"
@@ -165,16 +165,16 @@ def test_a_cancelled_job_tells_its_worker_and_keeps_its_receipt(make_worker, mak
     assert httpx.delete(f"{address}/v1/jobs/{job_id}").status_code == 202    # harmless when it is over
 
 
-def test_a_cancel_that_its_worker_ignores_still_ends_the_job(make_worker, make_server, eventually) -> None:
+def test_a_cancel_that_its_worker_ignores_still_ends_the_job(make_worker, make_server, until) -> None:
     worker = make_worker("worker-0")
     worker.hang_at = 1
     worker._listen = lambda requests, cancelled: None
     address = make_server(worker, limits={"silence_s": 30, "grace_s": 0.2}).address
     job_id = httpx.post(f"{address}/v1/jobs", json={"prompt": PROMPT, "max_tokens": 5}).json()["id"]
-    eventually(lambda: finished_now(address, job_id)["output_tokens"] == 1)
+    until(lambda: finished_now(address, job_id)["output_tokens"] == 1)
     httpx.delete(f"{address}/v1/jobs/{job_id}")
     assert finished(address, job_id)["state"] == "cancelled"
-    eventually(worker.ended.is_set)
+    until(worker.ended.is_set)
 
 
 def test_a_stop_string_ends_the_job_and_its_text_is_not_returned(make_worker, make_server, answer_of) -> None:
@@ -218,7 +218,7 @@ def test_finished_jobs_are_kept_up_to_an_age(make_worker, make_server) -> None:
     assert httpx.get(f"{address}/v1/jobs/{job['id']}").status_code == 404
 
 
-def test_two_jobs_with_one_prefix_meet_on_one_worker(make_worker, make_server, eventually) -> None:
+def test_two_jobs_with_one_prefix_meet_on_one_worker(make_worker, make_server, until) -> None:
     workers = [make_worker("worker-0"), make_worker("worker-1")]
     address = make_server(*workers, block_keys=lambda tenant, prompt: prompt[:4] * 8).address
     for prompt in ([5, 1], [5, 2], [5, 3]):
@@ -247,7 +247,7 @@ def test_eight_streams_survive_one_of_two_workers(make_worker, make_server, answ
     assert {n: job["result"]["token_ids"] for n, job in results.items()} == {n: answer_of([n], 40) for n in results}
 
 
-def test_stopping_the_gateway_ends_jobs_with_a_typed_error(make_worker, make_server, eventually) -> None:
+def test_stopping_the_gateway_ends_jobs_with_a_typed_error(make_worker, make_server, until) -> None:
     worker = make_worker("worker-0")
     worker.token_s = 0.05
     server = make_server(worker)
@@ -260,7 +260,7 @@ def test_stopping_the_gateway_ends_jobs_with_a_typed_error(make_worker, make_ser
 
     thread = threading.Thread(target=listen)
     thread.start()
-    eventually(lambda: len(got) > 1)
+    until(lambda: len(got) > 1)
     server.stop()
     thread.join()
     assert any('"unavailable"' in line for line in got) and worker.cancels == ["stopping"]

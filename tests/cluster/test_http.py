@@ -171,7 +171,7 @@ def test_a_quiet_stream_is_kept_alive_by_comments(make_worker, make_server) -> N
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_caller_who_leaves_cancels_the_job(make_worker, make_server, eventually, streaming) -> None:
+def test_a_caller_who_leaves_cancels_the_job(make_worker, make_server, until, streaming) -> None:
     worker = make_worker("worker-0")
     worker.token_s = 0.02
     server = make_server(worker)
@@ -182,11 +182,11 @@ def test_a_caller_who_leaves_cancels_the_job(make_worker, make_server, eventuall
     else:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{server.address}/v1/completions", json=body, timeout=0.3)
-    eventually(lambda: worker.cancels == ["client"])
-    eventually(lambda: server.gateway.live == 0)
+    until(lambda: worker.cancels == ["client"])
+    until(lambda: server.gateway.live == 0)
 
 
-def test_completions_under_one_job_id_are_cancelled_by_the_last_to_leave(make_worker, make_server, eventually) -> None:
+def test_completions_under_one_job_id_are_cancelled_by_the_last_to_leave(make_worker, make_server, until) -> None:
     worker = make_worker("worker-0")
     worker.token_s = 0.02
     address = make_server(worker).address
@@ -197,9 +197,9 @@ def test_completions_under_one_job_id_are_cancelled_by_the_last_to_leave(make_wo
         with httpx.stream("POST", f"{address}/v1/completions", json=body) as second:
             next(second.iter_lines())
         count = httpx.get(f"{address}/v1/jobs/mine").json()["output_tokens"]
-        eventually(lambda: httpx.get(f"{address}/v1/jobs/mine").json()["output_tokens"] > count + 5)
+        until(lambda: httpx.get(f"{address}/v1/jobs/mine").json()["output_tokens"] > count + 5)
         assert not worker.cancels
-    eventually(lambda: worker.cancels == ["client"])
+    until(lambda: worker.cancels == ["client"])
 
 
 @pytest.mark.parametrize("field", [
@@ -526,7 +526,7 @@ def test_the_first_token_is_not_delayed_by_the_edge(make_worker, make_server) ->
 
 # -- what fresh eyes found ---------------------------------------------------------------------------------------------
 
-def test_a_choice_that_fails_ends_its_siblings(make_worker, make_server, eventually) -> None:
+def test_a_choice_that_fails_ends_its_siblings(make_worker, make_server, until) -> None:
     for stream in (False, True):
         worker = make_worker("worker-0")
         worker.token_s = 0.5
@@ -535,11 +535,11 @@ def test_a_choice_that_fails_ends_its_siblings(make_worker, make_server, eventua
             asked = threading.Thread(target=lambda client=client, stream=stream: client.post(
                 "/v1/completions", json={"prompt": PROMPT, "n": 4, "max_tokens": 200, "stream": stream}))
             asked.start()
-            eventually(lambda server=server: len([job for job in server.gateway.jobs("default") if job.ids]) == 4)
+            until(lambda server=server: len([job for job in server.gateway.jobs("default") if job.ids]) == 4)
             client.post(f"/v1/jobs/{server.gateway.jobs('default')[2].id}/cancel")
             asked.join(20)
             assert not asked.is_alive()
-            eventually(lambda server=server: server.gateway.live == 0)
+            until(lambda server=server: server.gateway.live == 0)
 
 
 def test_more_log_probabilities_than_an_answer_may_have_are_refused_with_numbers(make_worker, make_server) -> None:

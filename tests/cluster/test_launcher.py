@@ -184,7 +184,7 @@ def test_a_cluster_stops_from_another_thread_and_without_a_with_statement(model:
     assert cluster.processes == {}
 
 
-def test_stop_ends_a_start_that_is_under_way(model: Path, nothing_left, eventually) -> None:
+def test_stop_ends_a_start_that_is_under_way(model: Path, nothing_left, until) -> None:
     (model / "worker-0:slow.toy").write_text("600")
     cluster = ToyCluster(model, launcher="process", workers=1, redis=None)
     errors: list[type] = []
@@ -197,7 +197,7 @@ def test_stop_ends_a_start_that_is_under_way(model: Path, nothing_left, eventual
 
     starter = threading.Thread(target=start)
     starter.start()
-    eventually(lambda: "worker-0" in cluster.processes)
+    until(lambda: "worker-0" in cluster.processes)
     cluster.stop()
     starter.join(20.0)
     assert errors == [Unavailable] and cluster.processes == {}
@@ -244,18 +244,18 @@ def test_the_cache_secret_outlives_the_cluster(model: Path, nothing_left) -> Non
     assert secrets[0][0] == secrets[1][0] and secrets[0][1] != secrets[1][1]
 
 
-def test_a_member_that_keeps_dying_is_given_up(model: Path, nothing_left, eventually, caplog) -> None:
+def test_a_member_that_keeps_dying_is_given_up(model: Path, nothing_left, until, caplog) -> None:
     with ToyCluster(model, launcher="process", workers=1, redis=None, config={"start_timeout_s": 20}) as cluster:
         (model / "worker-0:crash.toy").write_text("")
         os.kill(cluster.processes["worker-0"], signal.SIGKILL)
-        eventually(lambda: "member_given_up id=worker-0" in caplog.text, within_s=40.0)
+        until(lambda: "member_given_up id=worker-0" in caplog.text, within_s=40.0)
         assert "gateway" in cluster.processes
 
 
-def test_nothing_is_restarted_when_that_is_switched_off(model: Path, nothing_left, eventually) -> None:
+def test_nothing_is_restarted_when_that_is_switched_off(model: Path, nothing_left, until) -> None:
     with ToyCluster(model, launcher="process", workers=2, redis=None, config={"restart": False}) as cluster:
         os.kill(cluster.processes["worker-1"], signal.SIGKILL)
-        eventually(lambda: "worker-1" not in cluster.processes)
+        until(lambda: "worker-1" not in cluster.processes)
         assert sorted(cluster.processes) == ["control", "gateway", "worker-0"]
 
 
@@ -323,7 +323,7 @@ print(json.dumps({"after": after, "three": sorted(three.processes)}), flush=True
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_ray_that_two_clusters_share_stays_for_the_second_and_ends_with_the_process(model: Path, eventually) -> None:
+def test_a_ray_that_two_clusters_share_stays_for_the_second_and_ends_with_the_process(model: Path, until) -> None:
     temp = tempfile.mkdtemp(prefix="kvt-", dir="/tmp")
     done = subprocess.run(
         [sys.executable, "-P", "-c", TWO, str(model), str(HERE)], capture_output=True, text=True, timeout=180, cwd="/",
@@ -332,7 +332,7 @@ def test_a_ray_that_two_clusters_share_stays_for_the_second_and_ends_with_the_pr
     assert done.returncode == 0, done.stderr
     members = ["control", "gateway", "worker-0"]
     assert json.loads(done.stdout.splitlines()[-1]) == {"after": [[], members], "three": members}
-    eventually(lambda: os.listdir(temp) == [])
+    until(lambda: os.listdir(temp) == [])
     os.rmdir(temp)
 
 

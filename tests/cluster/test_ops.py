@@ -130,17 +130,17 @@ def test_the_feed_tells_of_all_tenants_jobs_and_never_what_they_say(make_worker,
             assert prompt not in told and text not in told and "token_ids" not in told
 
 
-def test_a_page_that_was_closed_is_watched_for_no_longer(make_server, eventually) -> None:
+def test_a_page_that_was_closed_is_watched_for_no_longer(make_server, until) -> None:
     server = make_server()
     (feed,) = server.gateway.observers
     with httpx.stream("GET", f"{server.address}/v1/ops/feed") as answer:
         lines = answer.iter_lines()                  # held: a dropped iterator closes its response
         next(lines)
         assert feed.watched == 1
-    eventually(lambda: feed.watched == 0)
+    until(lambda: feed.watched == 0)
 
 
-def test_a_worker_that_refuses_a_job_did_not_take_it_up(make_worker, make_server, eventually) -> None:
+def test_a_worker_that_refuses_a_job_did_not_take_it_up(make_worker, make_server, until) -> None:
     drained, other = make_worker("worker-0"), make_worker("worker-1")
     drained.refusal = ("unavailable", "this worker is draining and takes no new jobs")
     address = make_server(drained, other, choose=lambda workers, _held, _tokens: min(w.id for w in workers)).address

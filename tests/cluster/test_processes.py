@@ -48,7 +48,7 @@ def place(tmp_path: Path) -> Iterator[SimpleNamespace]:
     assert marked(marker) == []
 
 
-def test_a_member_starts_registers_and_stops(place, eventually) -> None:
+def test_a_member_starts_registers_and_stops(place, until) -> None:
     address = place.launcher.start(place.config("lender-0"))
     assert address.startswith("127.0.0.1:")
     assert [view.facts.id for view in place.control.views()] == ["lender-0"]
@@ -97,16 +97,16 @@ def test_a_member_that_will_not_stop_is_killed_with_all_it_started(place) -> Non
     assert time.monotonic() - begun < 30                         # a bound against hanging, not a speed
 
 
-def test_a_death_is_seen_and_the_name_is_free_again(place, eventually) -> None:
+def test_a_death_is_seen_and_the_name_is_free_again(place, until) -> None:
     place.launcher.start(place.config("lender-0"))
     os.kill(place.launcher.processes["lender-0"], signal.SIGKILL)
-    eventually(lambda: place.launcher.dead() == ["lender-0"])
+    until(lambda: place.launcher.dead() == ["lender-0"])
     place.launcher.stop(["lender-0"], grace_s=0.0)
     assert place.launcher.start(place.config("lender-0"))
     assert place.launcher.dead() == []
 
 
-def test_a_member_outlives_neither_its_pipe_nor_its_launcher(place, eventually) -> None:
+def test_a_member_outlives_neither_its_pipe_nor_its_launcher(place, until) -> None:
     place.launcher.start(place.config("lender-0"))
     child = place.launcher._children["lender-0"]
     child.process.stdin.close()                                  # what a dying launcher does
@@ -204,7 +204,7 @@ def test_a_guardian_does_not_harm_a_later_process_with_an_old_id(tmp_path: Path,
     assert innocent.poll() is None
 
 
-def test_a_guardian_cannot_be_interrupted_from_the_terminal(tmp_path: Path, sleeper, eventually) -> None:
+def test_a_guardian_cannot_be_interrupted_from_the_terminal(tmp_path: Path, sleeper, until) -> None:
     marker = f"kvbank-{secrets.token_hex(6)}"
     guardian = Guardian(marker, str(tmp_path / "none"))
     ours = sleeper(KVBANK_CLUSTER=marker)
@@ -214,7 +214,7 @@ def test_a_guardian_cannot_be_interrupted_from_the_terminal(tmp_path: Path, slee
         (line,) = [s for s in Path(f"/proc/{guardian.pid}/status").read_text().splitlines() if s.startswith("SigIgn")]
         return int(line.split()[1], 16)
 
-    eventually(lambda: ignored() >> (signal.SIGTERM - 1) & 1)
+    until(lambda: ignored() >> (signal.SIGTERM - 1) & 1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(guardian.pid, number)
     assert guardian.close() and ours.wait(5.0) == -signal.SIGKILL

@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,18 +61,6 @@ class Prometheus:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait(5)
-
-
-@pytest.fixture()
-def until() -> Callable[..., Any]:
-    """until(check, within_s): the first true value of check(), or a failure that says what it was."""
-    def wait(check: Callable[[], Any], within_s: float = 60.0) -> Any:
-        give_up = time.monotonic() + within_s
-        while not (value := check()):
-            assert time.monotonic() < give_up, f"still {value!r} after {within_s} s"
-            time.sleep(0.2)
-        return value
-    return wait
 
 
 @pytest.fixture()

@@ -98,14 +98,14 @@ with Rack(1) as rack:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_rack_whose_test_is_interrupted_or_killed_is_gone(number, eventually) -> None:
+def test_a_rack_whose_test_is_interrupted_or_killed_is_gone(number, until) -> None:
     with subprocess.Popen([sys.executable, "-c", ALONE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                           cwd=ROOT) as one:
         folder, *networks = one.stdout.readline().split()
         assert len(networks) == 2 and set(networks) <= living_networks()
         one.send_signal(number)
         one.wait(30)
-    eventually(lambda: not set(networks) & living_networks())
+    until(lambda: not set(networks) & living_networks())
     assert Path(folder).exists() == (number == signal.SIGKILL)   # a temp folder, and the only thing that may stay
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -313,13 +313,3 @@ def living_networks() -> set[str]:
         with contextlib.suppress(OSError):
             found.add(os.readlink(f"/proc/{pid}/ns/net"))
     return found
-
-
-@pytest.fixture
-def eventually() -> Callable[[Callable[[], bool]], None]:
-    def wait(true: Callable[[], bool]) -> None:
-        give_up = time.monotonic() + 20
-        while not true():
-            assert time.monotonic() < give_up
-            time.sleep(0.05)
-    return wait

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from kvbank.proto import jobs_pb2 as pb
 from kvbank.workers.jobs_service import JobsService
@@ -12,7 +15,7 @@ class Call:
     """A servicer context whose caller hangs up when told, or has hung up already."""
 
     def __init__(self, gone: bool = False) -> None:
-        self.gone, self.callbacks = gone, []
+        self.gone, self.callbacks, self.cancelled = gone, [], False
 
     def add_callback(self, callback) -> bool:
         if not self.gone:
@@ -24,65 +27,189 @@ class Call:
         for callback in self.callbacks:
             callback()
 
+    def cancel(self) -> None:
+        self.cancelled = True
+        self.hang_up()
+
+
+class Gateway:
+    """The other end of a stream: says requests when told, hears replies in the order in which they came."""
+
+    def __init__(self, jobs: JobsService, call: Call) -> None:
+        self._said: list[pb.SubmitRequest] = []
+        self._more, self._over = threading.Condition(), False
+        self._replies = jobs.submit(self._requests(), call)
+        self._heard: list[pb.SubmitReply] = []
+
+    def say(self, *requests: pb.SubmitRequest) -> None:
+        with self._more:
+            self._said += requests
+            self._more.notify()
+
+    def say_no_more(self) -> None:
+        with self._more:
+            self._over = True
+            self._more.notify()
+
+    def _requests(self) -> Iterator[pb.SubmitRequest]:
+        while True:
+            with self._more:
+                self._more.wait_for(lambda: self._said or self._over)
+                if not self._said:
+                    return
+                request = self._said.pop(0)
+            yield request
+
+    def hear(self) -> pb.SubmitReply | None:
+        """None: the stream is over."""
+        while not self._heard:
+            message = next(self._replies, None)
+            if message is None:
+                return None
+            self._heard += message.replies
+        return self._heard.pop(0)
+
+    def hear_to_the_end(self) -> list[pb.SubmitReply]:
+        return list(iter(self.hear, None))
+
+    def close(self) -> None:
+        self._replies.close()
+
 
 def service(engine, **options) -> JobsService:
     return JobsService(engine, "worker-0", vocab_size=512, status=pb.WorkerStatus, clock=lambda: 0.0, **options)
 
 
-def request(prompt) -> pb.SubmitRequest:
-    return pb.SubmitRequest(job=pb.Job(id="a", prompt=array("i", prompt).tobytes(), max_tokens=400, ignore_eos=True))
+def request(prompt, lane: int = 1, **more) -> pb.SubmitRequest:
+    job = pb.Job(id="a", prompt=array("i", prompt).tobytes(), **{"max_tokens": 400, "ignore_eos": True, **more})
+    return pb.SubmitRequest(lane=lane, job=job)
+
+
+def cancel(lane: int = 1, reason: str = "client") -> pb.SubmitRequest:
+    return pb.SubmitRequest(lane=lane, cancel=pb.Cancel(reason=reason))
+
+
+def kinds(replies: list[pb.SubmitReply], lane: int) -> list[str]:
+    return [reply.WhichOneof("kind") for reply in replies if reply.lane == lane]
+
+
+@contextmanager
+def running(engine, jobs: JobsService) -> Iterator[None]:
+    """A thread that steps the engine, as a worker's does."""
+    over = threading.Event()
+
+    def turn() -> None:
+        while not over.is_set():
+            if events := engine.step():
+                jobs.deliver(events)
+            else:
+                engine.wake.wait(0.01)
+    thread = threading.Thread(target=turn)
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+
+
+def at_rest(engine, jobs: JobsService) -> bool:
+    return not engine.busy and not engine.jobs() and not jobs._lanes
 
 
 def test_a_caller_that_hung_up_before_the_job_was_handed_in_leaves_no_job(alone, prompt) -> None:
     engine = alone()
-    jobs, call = service(engine), Call(gone=True)
-    stream = jobs.submit(iter([request(prompt(20))]), call)
-    next(stream, None)
-    stream.close()
+    jobs = service(engine)
+    gateway = Gateway(jobs, Call(gone=True))
+    gateway.say(request(prompt(20)))
+    assert gateway.hear() is None
     engine.step()
-    assert not engine.busy
-    assert not jobs._queues
+    assert at_rest(engine, jobs)
 
 
-def test_a_caller_that_hangs_up_while_the_job_is_handed_in_leaves_no_job(alone, prompt) -> None:
+def test_a_caller_that_hangs_up_while_the_job_is_handed_in_leaves_no_job(alone, prompt, until) -> None:
     engine = alone()
     jobs, call = service(engine), Call()
-    real = engine.add
+    real, handed_in = engine.add, threading.Event()
 
     def add(job) -> None:
         call.hang_up()
         real(job)
+        handed_in.set()
     engine.add = add
-    stream = jobs.submit(iter([request(prompt(20))]), call)
-    next(stream, None)
-    stream.close()
-    engine.step()
-    assert not engine.busy
-    assert not jobs._queues
+    gateway = Gateway(jobs, call)
+    gateway.say(request(prompt(20)))
+    gateway.hear_to_the_end()
+    assert handed_in.wait(10)
+    with running(engine, jobs):
+        until(lambda: at_rest(engine, jobs))
 
 
-def test_a_caller_that_never_reads_the_first_word_leaves_no_queue(alone, prompt) -> None:
+def test_a_caller_that_never_reads_the_first_word_leaves_no_job(alone, prompt, until) -> None:
     engine = alone()
     jobs, call = service(engine), Call()
-    stream = jobs.submit(iter([request(prompt(20))]), call)
-    next(stream)
+    gateway = Gateway(jobs, call)
+    gateway.say(request(prompt(20)))
+    gateway.hear()
     call.hang_up()
-    stream.close()
-    engine.step()
-    assert not engine.busy
-    assert not jobs._queues
+    gateway.close()
+    with running(engine, jobs):
+        until(lambda: at_rest(engine, jobs))
 
 
 def test_stop_said_twice_is_still_stop(alone, prompt) -> None:
     engine = alone()
-    jobs, call = service(engine), Call()
-    stop = pb.SubmitRequest(cancel=pb.Cancel(reason="stop"))
-    stream = jobs.submit(iter([request(prompt(20)), stop, stop]), call)
-    assert next(stream).WhichOneof("kind") == "accepted"
-    while engine.busy or not jobs._queues or engine._inbox:
-        jobs.deliver(engine.step())
-    ends = [reply for reply in stream if reply.WhichOneof("kind") in ("done", "failed")]
-    assert [end.WhichOneof("kind") for end in ends] == ["done"]
+    jobs = service(engine)
+    gateway = Gateway(jobs, Call())
+    gateway.say(request(prompt(20)), cancel(reason="stop"), cancel(reason="stop"))
+    gateway.say_no_more()
+    with running(engine, jobs):
+        said = kinds(gateway.hear_to_the_end(), 1)
+    assert said[0] == "accepted" and said[-1] == "done" and said.count("done") == 1
+
+
+def test_a_lane_that_is_left_ends_its_job_and_nothing_else(alone, prompt, until) -> None:
+    engine = alone()
+    jobs = service(engine)
+    gateway = Gateway(jobs, Call())
+    gateway.say(*(request(prompt(20), lane, max_tokens=8) for lane in (1, 2, 3)))
+    assert [gateway.hear().WhichOneof("kind") for _ in range(3)] == ["accepted"] * 3
+    gateway.say(pb.SubmitRequest(lane=2, leave=pb.Leave()), pb.SubmitRequest(lane=9, leave=pb.Leave()), cancel(9))
+    until(lambda: len(jobs._lanes) == 2)
+    gateway.say_no_more()
+    with running(engine, jobs):
+        replies = gateway.hear_to_the_end()
+        until(lambda: at_rest(engine, jobs))
+    assert kinds(replies, 1)[-1] == kinds(replies, 3)[-1] == "done"
+    assert not kinds(replies, 2) and not kinds(replies, 9)
+    told = [array("i", reply.tokens.ids).tolist() for reply in replies if reply.lane == 1 and reply.HasField("tokens")]
+    assert sum(map(len, told)) == 8
+
+
+def test_a_refused_job_leaves_the_stream_to_the_others(alone, prompt) -> None:
+    engine = alone()
+    jobs = service(engine)
+    gateway = Gateway(jobs, Call())
+    gateway.say(request([700], 1), pb.SubmitRequest(lane=2), request(prompt(20), 3, max_tokens=2),
+                request(prompt(20), 3, max_tokens=2))
+    gateway.say_no_more()
+    heard = [gateway.hear() for _ in range(4)]
+    assert [(reply.lane, reply.failed.code) for reply in heard if reply.HasField("failed")] == [
+        (lane, "invalid_request") for lane in (1, 2, 3)]
+    with running(engine, jobs):
+        assert kinds(gateway.hear_to_the_end(), 3)[-1] == "done", "the job that had the lane first runs to its end"
+
+
+def test_a_reader_that_breaks_takes_its_stream_along(alone, prompt, until, monkeypatch) -> None:
+    engine, call = alone(), Call()
+    jobs = service(engine)
+    gateway = Gateway(jobs, call)
+    gateway.say(request(prompt(20)))
+    assert gateway.hear().WhichOneof("kind") == "accepted"
+    monkeypatch.setattr(jobs, "_hear", lambda request, line: 1 // 0)
+    gateway.say(cancel())
+    until(lambda: call.cancelled)
+    gateway.hear_to_the_end()
+    with running(engine, jobs):
+        until(lambda: at_rest(engine, jobs))
 
 
 def test_control_is_heard_before_a_job_is_refused_for_want_of_memory(alone, prompt) -> None:
@@ -90,12 +217,34 @@ def test_control_is_heard_before_a_job_is_refused_for_want_of_memory(alone, prom
     engine, capacity = alone(), [0]
     engine._capacity_tokens = lambda: capacity[0]
     jobs = service(engine, hear_control=lambda within_s: capacity.append(capacity.pop() + 512))
-    replies = {length: jobs.submit(iter([request(prompt(length))]), Call()) for length in (20, 900)}
     ends = {}
-    for length, stream in replies.items():
-        assert next(stream).WhichOneof("kind") == "accepted"
-        while engine.busy:
-            jobs.deliver(engine.step())
-        ends[length] = next(reply for reply in stream if reply.WhichOneof("kind") in ("done", "failed"))
+    with running(engine, jobs):
+        for length in (20, 900):
+            gateway = Gateway(jobs, Call())
+            gateway.say(request(prompt(length)))
+            gateway.say_no_more()
+            assert gateway.hear().WhichOneof("kind") == "accepted"
+            ends[length] = gateway.hear_to_the_end()[-1]
     assert ends[20].WhichOneof("kind") == "done"
     assert capacity == [1024] and ends[900].failed.code == "too_long", "what does not fit even so is refused"
+
+
+def test_a_cancel_while_control_is_asked_is_not_forgotten(alone, prompt, until) -> None:
+    engine, asked, go_on = alone(), threading.Event(), threading.Event()
+    engine._capacity_tokens = lambda: 4096 if go_on.is_set() else 0
+
+    def hear_control(within_s: float) -> None:
+        asked.set()
+        assert go_on.wait(10)
+    jobs = service(engine, hear_control=hear_control)
+    gateway = Gateway(jobs, Call())
+    gateway.say(request(prompt(20)))
+    assert gateway.hear().WhichOneof("kind") == "accepted"
+    assert asked.wait(10)
+    gateway.say(cancel())
+    gateway.say_no_more()
+    with running(engine, jobs):
+        until(lambda: all(lane.ending for _, lane in jobs._lanes.values()))
+        go_on.set()
+        assert gateway.hear_to_the_end()[-1].failed.code == "cancelled"
+        until(lambda: at_rest(engine, jobs))

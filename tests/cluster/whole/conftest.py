@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,18 +53,6 @@ def text() -> Callable[[int, int], list[int]]:
         rng = random.Random(seed)
         return [rng.randrange(3, VOCAB) for _ in range(length)]
     return make
-
-
-@pytest.fixture()
-def until() -> Callable[..., Any]:
-    """until(check, within_s): the first true value of check(), or a failure that says what it was."""
-    def wait(check: Callable[[], Any], within_s: float = 10.0) -> Any:
-        give_up = time.monotonic() + within_s
-        while not (value := check()):
-            assert time.monotonic() < give_up, f"still {value!r} after {within_s} s"
-            time.sleep(0.05)
-        return value
-    return wait
 
 
 @pytest.fixture()

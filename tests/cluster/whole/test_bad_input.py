@@ -108,8 +108,9 @@ def control(channel: grpc.Channel, name: str, answer: Any = None) -> Any:
 
 
 def submit(channel: grpc.Channel, job: jobs_pb2.Job, **options: Any) -> list[jobs_pb2.SubmitReply]:
-    call = channel.stream_stream("/kvbank.Jobs/Submit", response_deserializer=jobs_pb2.SubmitReply.FromString)
-    return list(call(iter([jobs_pb2.SubmitRequest(job=job).SerializeToString()]), timeout=5, **options))
+    call = channel.stream_stream("/kvbank.Jobs/Submit", response_deserializer=jobs_pb2.SubmitReplies.FromString)
+    messages = call(iter([jobs_pb2.SubmitRequest(job=job).SerializeToString()]), timeout=5, **options)
+    return [reply for message in messages for reply in message.replies]
 
 
 @pytest.fixture()

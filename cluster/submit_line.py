@@ -1,0 +1,168 @@
+"""SubmitLine: this gateway's Submit stream to one worker, with a lane for each attempt of a job.
+
+    attempts --write--> outbox --writer--> | SubmitRequest | --> worker
+    attempts <--read--- lanes <--reader--- | SubmitReplies | <--
+
+One task writes and one reads, so that an attempt that is given up leaves the stream whole for all others. When the stream
+ends, every lane does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from itertools import count
+from typing import Any
+
+import grpc.aio
+
+from kvbank.proto import jobs_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+_LAST_WORDS = frozenset({"done", "failed", "lost"})
+
+
+class LineLost(Exception):
+    """A lane ended without a last word. `reason`: a word for logs and metrics."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Lane:
+    """One attempt's part of the stream."""
+
+    def __init__(self, line: SubmitLine, number: int) -> None:
+        self._line, self._number = line, number
+        self._replies: deque[pb.SubmitReply] = deque()
+        self._news = asyncio.Event()
+        self._lost = ""
+
+    def write(self, request: pb.SubmitRequest) -> None:
+        """Send it; that it could not be sent is heard by `read`."""
+        request.lane = self._number
+        self._line.send(request)
+
+    async def read(self) -> pb.SubmitReply:
+        """What the worker says next. Raises LineLost."""
+        while not self._replies:
+            if self._lost:
+                raise LineLost(self._lost)
+            self._news.clear()
+            await self._news.wait()
+        return self._replies.popleft()
+
+    def leave(self) -> None:
+        """Nobody listens any more: the worker ends the job if it runs. Whoever reads hears LineLost. Safe to repeat."""
+        if self._line.forget(self._number):
+            self.write(pb.SubmitRequest(leave=pb.Leave()))
+            self.end("left")
+
+    def hear(self, reply: pb.SubmitReply) -> None:
+        self._replies.append(reply)
+        self._news.set()
+
+    def end(self, reason: str) -> None:
+        self._lost = self._lost or reason
+        self._news.set()
+
+
+class SubmitLine:
+    """On the gateway's event loop."""
+
+    def __init__(self, call: Any, *, channel: Any) -> None:
+        """call: a Submit stream on `channel`, nothing written yet."""
+        self.channel = channel
+        self._call = call
+        self._numbers = count(1)
+        self._lanes: dict[int, Lane] = {}
+        self._outbox: deque[pb.SubmitRequest] = deque()
+        self._mail = asyncio.Event()
+        self._lost, self._retired = "", False
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
+
+    @property
+    def over(self) -> bool:
+        return bool(self._lost)
+
+    def lane(self) -> Lane:
+        """A fresh one; write the job to it first."""
+        number = next(self._numbers)
+        lane = self._lanes[number] = Lane(self, number)
+        if self._lost:                               # it ended since somebody looked
+            self._lanes.clear()
+            lane.end(self._lost)
+        return lane
+
+    def send(self, request: pb.SubmitRequest) -> None:
+        if not self._lost:
+            self._outbox.append(request)
+            self._mail.set()
+
+    def forget(self, number: int) -> bool:
+        """True: it was open until now."""
+        known = self._lanes.pop(number, None) is not None
+        self._close_when_idle()
+        return known
+
+    def retire(self) -> None:
+        """Nothing new comes: it closes with its last lane."""
+        self._retired = True
+        self._close_when_idle()
+
+    def close(self) -> None:
+        self._end("closed")
+
+    async def _read(self) -> None:
+        lost = "stream_ended"
+        try:
+            while (message := await self._call.read()) is not grpc.aio.EOF:
+                for reply in message.replies:
+                    self._hand_out(reply)
+        except grpc.aio.AioRpcError as error:
+            lost = error.code().name.lower()
+        except asyncio.CancelledError:               # the call was cancelled, or this task: the line is over either way
+            lost = "call_cancelled"
+        except Exception:
+            log.exception("submit_line_failed")
+            lost = "bad_message"
+        self._end(lost)
+
+    def _hand_out(self, reply: pb.SubmitReply) -> None:
+        lane = self._lanes.get(reply.lane)
+        if lane is None:
+            return                                   # it was left in the meantime
+        lane.hear(reply)
+        if reply.WhichOneof("kind") in _LAST_WORDS:
+            self.forget(reply.lane)
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                while self._outbox:
+                    await self._call.write(self._outbox.popleft())
+                self._mail.clear()
+                await self._mail.wait()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
+            pass                                     # the reader knows more of why
+
+    def _close_when_idle(self) -> None:
+        if self._retired and not self._lanes:
+            self._end("retired")
+
+    def _end(self, reason: str) -> None:
+        if self._lost:
+            return
+        self._lost = reason
+        self._outbox.clear()
+        self._call.cancel()
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        lanes = list(self._lanes.values())
+        self._lanes.clear()
+        for lane in lanes:
+            lane.end(reason)
