@@ -171,19 +171,19 @@ class Choices:
                     yield self._chunk(opening, [])
             running = len(readers)
             while running:
-                number, piece = await news.get()
-                job = self._jobs[number]
-                if piece is None:
-                    yield KEEP_ALIVE
-                    continue
-                if piece is _END:
-                    running -= 1
-                    if job.error is not None:
-                        self.cancel()
-                        yield event(error_body(job.error))
-                        return
-                more = {"kvbank": self._extra([job])} if piece is _END else {}
-                yield self._chunk(self._shape.delta(number, job, piece), piece.token_ids, **more)
+                said = [await news.get()]
+                while not news.empty():              # what came in one step leaves in one piece
+                    said.append(news.get_nowait())
+                parts: list[bytes] = []
+                for number, piece in said:
+                    if piece is _END:
+                        running -= 1
+                        if (error := self._jobs[number].error) is not None:
+                            self.cancel()
+                            yield b"".join([*parts, event(error_body(error))])
+                            return
+                    parts.append(self._piece(number, piece))
+                yield b"".join(parts)
             if self.wish.usage:
                 yield event({**self._head(self._shape.chunk), "choices": [], "usage": self._usage()})
             yield DONE
@@ -198,6 +198,13 @@ class Choices:
             if piece is None or piece.text or every:
                 await news.put((number, piece))
         await news.put((number, _END))
+
+    def _piece(self, number: int, piece: Piece | None) -> bytes:
+        if piece is None:
+            return KEEP_ALIVE
+        job = self._jobs[number]
+        more = {"kvbank": self._extra([job])} if piece is _END else {}
+        return self._chunk(self._shape.delta(number, job, piece), piece.token_ids, **more)
 
     def _chunk(self, choice: dict[str, Any], ids: list[int], **more: Any) -> bytes:
         return event({**self._head(self._shape.chunk), "choices": [self._with_ids(choice, ids)], **more})
