@@ -3,9 +3,9 @@
     kvbank bench gateway [--json] [--quick]
 
 Decode: eight streams at once, all from one request to /v1/completions, against the engine's own steps; medians of tokens per
-second, whole answers counted. First token: one short prompt at a time on a small model, until its first chunk against until
-its first event. Leaving: from a reader's hang-up until the worker's blocks are free, as /v1/status tells it. Both sides run
-on one thread; the gateway and this client take what is left of the machine.
+second, whole answers counted; once more with every job traced into files. First token: one short prompt at a time on a small
+model, until its first chunk against until its first event. Leaving: from a reader's hang-up until the worker's blocks are
+free, as /v1/status tells it. Both sides run on one thread; the gateway and this client take what is left of the machine.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from kvbank.workers.models.random_model import write_random_model
 from kvbank.workers.sequence import JobSpec
 
 STREAMS, PROMPT_TOKENS, SMALL_VOCAB = 8, 16, 512
+REST_S = 0.01                        # before a first token is clocked: processes and caches are as cold on both sides
 BLOCKS = 1024
 NAMES = count()
 
@@ -74,6 +75,7 @@ class Ours:
     def first_by_engine(self) -> float:
         """Milliseconds to a first token."""
         job = JobSpec(id=f"f{next(NAMES)}", prompt=self.prompt(), max_tokens=1, ignore_eos=True)
+        time.sleep(REST_S)
         began = time.perf_counter()
         self.engine.add(job)
         while not any(isinstance(event, Token) for event in self.engine.step()):
@@ -83,6 +85,7 @@ class Ours:
     def first_by_gateway(self) -> float:
         """As first_by_engine, through HTTP."""
         prompt = self.prompt()
+        time.sleep(REST_S)
         began = time.perf_counter()
         arrived = [time.perf_counter() for chunk in self._chunks([prompt], 1) if chunk["choices"][0]["token_ids"]]
         return 1e3 * (arrived[0] - began)
@@ -124,10 +127,12 @@ def main(argv: list[str] | None = None) -> int:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temp:
         folder = write_model(Path(temp) / "model")
-        with _cluster(folder) as cluster:
-            ours = Ours(folder, cluster.address, 32_000)
-            ours.by_engine(8), ours.by_gateway(8)                # warm-up of both
-            decode = interleaved(repeats, engine=lambda: ours.by_engine(tokens), gateway=lambda: ours.by_gateway(tokens))
+        tracing = {"exporter": "file", "trace_dir": str(Path(temp) / "traces")}
+        with _cluster(folder) as cluster, _cluster(folder, **tracing) as traced:
+            ours, other = Ours(folder, cluster.address, 32_000), Ours(folder, traced.address, 32_000)
+            ours.by_engine(8), ours.by_gateway(8), other.by_gateway(8)           # warm-up of all
+            decode = interleaved(repeats, engine=lambda: ours.by_engine(tokens), gateway=lambda: ours.by_gateway(tokens),
+                                 traced=lambda: other.by_gateway(tokens))
         report.line(step="decode", streams=STREAMS, tokens=tokens, **{side: round(rate, 1) for side, rate in decode.items()})
         small = write_random_model(Path(temp) / "small", seed=7, vocab=SMALL_VOCAB)
         with _cluster(small) as cluster:
@@ -139,18 +144,20 @@ def main(argv: list[str] | None = None) -> int:
     figures["decode_engine_tokens_per_s"] = round(decode["engine"], 1)
     figures["decode_gateway_tokens_per_s"] = round(decode["gateway"], 1)
     figures["decode_loss"] = round(1 - decode["gateway"] / decode["engine"], 4)
+    figures["decode_loss_traced"] = round(1 - decode["traced"] / decode["engine"], 4)
     figures["ttft_added_ms"] = round(first["gateway"] - first["engine"], 2)
     figures["freed_after_leaving_ms_max"] = round(max(left), 1)
     figures["freed_after_leaving_ms"] = round(statistics.median(left), 1)
     report.goal("decode_loss", "<=", 0.05)
+    report.goal("decode_loss_traced", "<=", 0.08)
     report.goal("ttft_added_ms", "<=", 3.0)
     report.goal("freed_after_leaving_ms_max", "<=", 1000.0)
     return report.finish(figures)
 
 
-def _cluster(folder: Path) -> LocalCluster:
+def _cluster(folder: Path, **settings: Any) -> LocalCluster:
     return LocalCluster(model=str(folder), workers=1, launcher="process", device_blocks=BLOCKS, redis=None, host_bytes=0,
-                        torch_threads=1)
+                        torch_threads=1, **settings)
 
 
 if __name__ == "__main__":

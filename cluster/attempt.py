@@ -34,7 +34,7 @@ class Lost:
     """An attempt without an outcome. `refusal`: the worker answered, and does not want the job."""
 
     reason: str
-    accepted: bool = True            # False: the worker never had the job
+    accepted: bool = True            # False: the worker cannot have had the job
     refusal: KVBankError | None = None
 
 
@@ -177,7 +177,7 @@ class Attempt:
             return None
         if self._job.ending:
             raise ending_error(self._job)
-        return Lost(reason, accepted=self._accepted)
+        return Lost(reason, accepted=self._accepted or self._lane.someone_there)
 
 
 def _logprobs(tokens: jobs_pb2.Tokens, count: int) -> list[Logprob | None]:

@@ -25,7 +25,7 @@ import kvbank
 from kvbank.cluster.finding import Finding, bad, good, warn
 from kvbank.cluster.screen import size
 
-PACKAGES = ("torch", "ray", "grpcio", "protobuf", "fastapi", "uvicorn", "httpx", "redis", "safetensors", "tokenizers",
+PACKAGES = ("torch", "ray", "grpcio", "protobuf", "starlette", "uvicorn", "httpx", "redis", "safetensors", "tokenizers",
             "numpy", "msgpack", "prometheus_client")
 ENOUGH_FILES = 1024
 ENOUGH_MEMORY = 4 << 30

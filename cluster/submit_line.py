@@ -37,6 +37,7 @@ class Lane:
 
     def __init__(self, line: SubmitLine, number: int) -> None:
         self._line, self._number = line, number
+        self.someone_there = line.heard              # the worker had answered on this stream before
         self._replies: deque[pb.SubmitReply] = deque()
         self._news = asyncio.Event()
         self._lost = ""
@@ -82,6 +83,7 @@ class SubmitLine:
         self._outbox: deque[pb.SubmitRequest] = deque()
         self._mail = asyncio.Event()
         self._lost, self._retired = "", False
+        self.heard = False                           # anything at all
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
 
     @property
@@ -120,6 +122,7 @@ class SubmitLine:
         lost = "stream_ended"
         try:
             while (message := await self._call.read()) is not grpc.aio.EOF:
+                self.heard = True
                 for reply in message.replies:
                     self._hand_out(reply)
         except grpc.aio.AioRpcError as error:

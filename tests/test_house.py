@@ -28,7 +28,7 @@ CORES = {
     "cluster/placement.py", "kvstore/prefetch.py",
 }
 NOT_IN_CORES = {"time", "random", "asyncio", "threading", "os", "uuid", "torch", "grpc", "secrets", "socket"}
-HTTP = {"fastapi", "starlette", "uvicorn", "httpx", "requests", "aiohttp"}
+HTTP = {"starlette", "uvicorn", "httpx", "requests", "aiohttp"}
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 RUNS_WHAT_IT_READS = {"eval", "exec", "torch.load", "torch.save", "yaml.unsafe_load", "numpy.load", "np.load"}
 IMPORT_NAMES = {"grpcio": "grpc", "protobuf": "google", "pyyaml": "yaml", "grpcio-tools": "grpc_tools"}

@@ -2,7 +2,8 @@
 
     engine thread --put(events of a step)--> line --replies()--> | SubmitReplies | --> gateway      one wake-up a step
 
-Says what happened on each lane, in order, and `progress` where nothing else was said for PROGRESS_S. Decides nothing.
+Says what happened on each lane, in order, and `progress` where nothing else was said for PROGRESS_S. `accepted` goes along
+with a lane's first other word: a message of its own would be sent while the engine makes the first token. Decides nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Lane:
     number: int
     spec: JobSpec
     trace: Trace | None = None
+    accepted: bool = False                                       # and told so
     told_at: float = 0.0
     outputs: int = 0
     reasons: list[str] = field(default_factory=list)             # of cancels that the gateway sent
@@ -46,8 +48,8 @@ class Lane:
 class Line:
     """Lanes by number. `open`, `end` and `put` may be called from any thread, `replies` from the stream's own."""
 
-    def __init__(self, *, clock: Callable[[], float], receipt: Receipts, progress: ProgressOf) -> None:
-        self._clock, self._receipt, self._progress = clock, receipt, progress
+    def __init__(self, *, worker: str, clock: Callable[[], float], receipt: Receipts, progress: ProgressOf) -> None:
+        self._worker, self._clock, self._receipt, self._progress = worker, clock, receipt, progress
         self._news: queue.SimpleQueue[Sequence[tuple[Lane, EngineEvent]] | pb.SubmitReply | None] = queue.SimpleQueue()
         self._lock = Lock()
         self._lanes: dict[int, Lane] = {}
@@ -128,7 +130,7 @@ class Line:
                     spoken[lane.number] = lane
                 else:
                     made += self._tokens(spoken.pop(lane.number, lane))
-                    made.append(self._last(lane, event))
+                    made += self._begun(lane, self._last(lane, event))
                     self.leave(lane.number)
                     ended(lane)
         for lane in spoken.values():
@@ -141,7 +143,14 @@ class Line:
         for first in range(0, len(told), TOKENS_A_REPLY):
             part = told[first : first + TOKENS_A_REPLY]
             lane.outputs = part[-1].index + 1
-            yield pb.SubmitReply(lane=lane.number, tokens=tokens(part))
+            yield from self._begun(lane, pb.SubmitReply(lane=lane.number, tokens=tokens(part)))
+
+    def _begun(self, lane: Lane, reply: pb.SubmitReply) -> list[pb.SubmitReply]:
+        """The reply, after `accepted` if it is the lane's first."""
+        if lane.accepted:
+            return [reply]
+        lane.accepted = True
+        return [pb.SubmitReply(lane=lane.number, accepted=pb.Accepted(worker=self._worker)), reply]
 
     def _last(self, lane: Lane, event: Finished | Failed) -> pb.SubmitReply:
         receipt = self._receipt(event.tally, lane.spec, lane.outputs)
@@ -159,7 +168,8 @@ class Line:
         for lane in lanes:
             lane.told_at = now
         told = self._progress([lane.spec for lane in lanes]) if lanes else []
-        return [pb.SubmitReply(lane=lane.number, progress=each) for lane, each in zip(lanes, told, strict=True)]
+        return [reply for lane, each in zip(lanes, told, strict=True)
+                for reply in self._begun(lane, pb.SubmitReply(lane=lane.number, progress=each))]
 
 
 def tokens(events: list[Token]) -> pb.Tokens:

@@ -59,7 +59,7 @@ class JobsService:
 
     def submit(self, requests: Iterator[pb.SubmitRequest], context: grpc.ServicerContext) -> Iterator[pb.SubmitReplies]:
         """The Submit handler."""
-        line = Line(clock=self._clock, receipt=self._receipt, progress=self._progress)
+        line = Line(worker=self._id, clock=self._clock, receipt=self._receipt, progress=self._progress)
         if not context.add_callback(lambda: self._hang_up(line)):
             return                                   # the caller has gone already
         try:
@@ -131,7 +131,6 @@ class JobsService:
                 self._end_trace(job.age, trace, outcome=error.code)
             line.say(request.lane, failed=failed(error, pb.Receipt()))
             return
-        line.say(lane.number, accepted=pb.Accepted(worker=self._id))
         try:
             self._engine.check_fits(lane.spec)
         except TooLong:

@@ -12,13 +12,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.routing import APIRoute
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from kvbank.cluster.gateway import Gateway
 from kvbank.cluster.http.doors import LOOPBACK, OPEN, OPS, USER, Door, Doorman, OriginGuard
+from kvbank.cluster.http.routes import Routes
 from kvbank.cluster.intake import Intake, parse_json
 from kvbank.cluster.ops import Ops
 from kvbank.cluster.traced import IncomingTrace
@@ -57,23 +58,24 @@ class Front:
     ops: Ops | None = None                                           # drain, recall, clear
 
 
-def build_app(front: Front) -> FastAPI:
+def build_app(front: Front) -> Starlette:
     """The application with all routes."""
     from kvbank.cluster.http import dashboard_routes, jobs, openai, ops_routes, status
 
-    app = FastAPI(title="kvbank", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = Starlette()
+    app.router.redirect_slashes = False
     doorman = Doorman(front.api_keys)
     feed = app.state.feed = ops_routes.build_feed(front)
-    rooms: list[tuple[str, APIRouter]] = [              # one door each
+    rooms: list[tuple[str, Routes]] = [                 # one door each
         (OPEN, status.open_routes(front)), (OPEN, dashboard_routes.routes(front)),
         (USER, openai.routes(front)), (USER, jobs.routes(front)), (USER, status.routes(front)),
         (OPS, status.ops_routes(front, doorman)), (OPS, ops_routes.routes(front, feed)),
     ]
-    for role, router in rooms:
-        app.include_router(router, dependencies=[Depends(Door(doorman, role))])
-    app.state.meters = front.gateway.meters
-    app.state.doors = {(method, route.path): role for role, router in rooms
-                       for route in router.routes if isinstance(route, APIRoute) for method in route.methods or ()}
+    app.state.meters, app.state.doors = front.gateway.meters, {}
+    for role, made in rooms:
+        for method, route in made.behind(Door(doorman, role)):
+            app.router.routes.append(route)
+            app.state.doors[method, route.path] = role
     app.add_exception_handler(KVBankError, _answer_error)            # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _answer_http_error)     # type: ignore[arg-type]
     app.add_exception_handler(Exception, _answer_unknown_error)

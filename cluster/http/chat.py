@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from kvbank.cluster.http import choices
 from kvbank.cluster.http.app import Front, read_body
 from kvbank.cluster.http.choices import Choices, check, finish_reason, read_wish, respond, submit
 from kvbank.cluster.http.logprobs import chat_logprobs, wanted_by_chat
+from kvbank.cluster.http.routes import Routes
 from kvbank.cluster.job import Job, Piece
 from kvbank.errors import InvalidRequest
 
@@ -29,10 +30,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def add_routes(router: APIRouter, front: Front) -> None:
+def add_routes(made: Routes, front: Front) -> None:
     """The route of this dialect."""
 
-    @router.post("/v1/chat/completions")
+    @made.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, front.limits)
         return await respond(request, await _begin(front, body, request.state.tenant))

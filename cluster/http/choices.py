@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from fastapi import Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from kvbank.cluster.http.app import Front, error_body
@@ -113,6 +113,7 @@ async def submit(
 async def respond(request: Request, choices: Choices) -> Response:
     """The answer in one piece or as a stream; a caller who leaves ends its jobs."""
     if choices.wish.stream:
+        await asyncio.sleep(0)                       # the jobs set off before the head of the answer does
         return EventStream(choices.events(), on_leave=choices.cancel)
     if not await unless_left(request, choices.settled(), choices.cancel):
         return Response(status_code=499)             # nobody reads it: the caller has left

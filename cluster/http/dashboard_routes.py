@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from kvbank.cluster.http.app import Front
+from kvbank.cluster.http.routes import Routes
 from kvbank.errors import NotFound
 
 FOLDER = Path(__file__).resolve().parent / "dashboard"
@@ -19,9 +20,9 @@ TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
          ".svg": "image/svg+xml"}
 
 
-def routes(front: Front) -> APIRouter:
+def routes(front: Front) -> Routes:
     """`/dashboard`, its files, and whether a page has to ask for a key."""
-    router = APIRouter()
+    made = Routes()
     files = {path.name: (path.read_bytes(), TYPES[path.suffix]) for path in sorted(FOLDER.iterdir()) if path.suffix in TYPES}
     tags = {name: f'"{hashlib.sha256(data).hexdigest()[:24]}"' for name, (data, _) in files.items()}
 
@@ -34,18 +35,18 @@ def routes(front: Front) -> APIRouter:
             return Response(status_code=304, headers=headers)
         return Response(data, headers={**headers, "Content-Type": kind})
 
-    @router.get("/dashboard")
-    @router.get("/dashboard/")
+    @made.get("/dashboard")
+    @made.get("/dashboard/")
     async def page(request: Request) -> Response:
         return send(request, "index.html")
 
-    @router.get("/dashboard/door")
-    async def door() -> Response:
+    @made.get("/dashboard/door")
+    async def door(_request: Request) -> Response:
         keys = front.api_keys() if callable(front.api_keys) else front.api_keys
         return JSONResponse({"sign_in": bool(keys)})
 
-    @router.get("/dashboard/{name}")
-    async def file(name: str, request: Request) -> Response:
-        return send(request, name)
+    @made.get("/dashboard/{name}")
+    async def file(request: Request) -> Response:
+        return send(request, request.path_params["name"])
 
-    return router
+    return made

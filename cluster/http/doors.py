@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from kvbank.errors import Unauthorized
@@ -97,12 +97,13 @@ class Doorman:
 
 @dataclass(frozen=True)
 class Door:
-    """A dependency: lets through who has the role, and leaves a Caller in `request.state`. Before the body is read."""
+    """Lets through who has the role, and leaves a Caller in `request.state`. Before the body is read."""
 
     doorman: Doorman
     role: str
 
-    async def __call__(self, request: Request) -> None:
+    def __call__(self, request: Request) -> None:
+        """Raises Unauthorized, Forbidden."""
         if self.role == OPEN:
             return
         caller = self.doorman.caller(request)

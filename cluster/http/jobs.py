@@ -11,37 +11,38 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from kvbank.cluster.http.app import Front, error_body, read_body
 from kvbank.cluster.http.events import EventStream, event, unless_left
+from kvbank.cluster.http.routes import Routes
 from kvbank.cluster.job import Job
 from kvbank.errors import InvalidRequest
 
 MAX_WAIT_S = 60.0
 
 
-def routes(front: Front) -> APIRouter:
+def routes(front: Front) -> Routes:
     """The routes of this dialect."""
-    router = APIRouter(prefix="/v1/jobs")
+    made = Routes("/v1/jobs")
     gateway = front.gateway
 
     def job_of(request: Request) -> Job:
         return gateway.get(request.state.tenant, request.path_params["job_id"])
 
-    @router.post("")
+    @made.post("")
     async def submit(request: Request) -> Response:
         body = await read_body(request, front.limits)
         spec = await front.intake.spec(body, tenant=request.state.tenant)
         return JSONResponse(job_body(gateway.submit(spec)), status_code=202)
 
-    @router.get("")
+    @made.get("")
     async def jobs(request: Request) -> Response:
         told = [job_body(job, brief=True) for job in gateway.jobs(request.state.tenant)]
         return JSONResponse({"object": "list", "data": told})
 
-    @router.get("/{job_id}")
+    @made.get("/{job_id}")
     async def one(request: Request) -> Response:
         job = job_of(request)
         wait_s = _query_number(request, "wait_s", 0.0, MAX_WAIT_S)
@@ -51,7 +52,7 @@ def routes(front: Front) -> APIRouter:
                     await unless_left(request, job.settled(), lambda: None)
         return JSONResponse(job_body(job))
 
-    @router.get("/{job_id}/stream")
+    @made.get("/{job_id}/stream")
     async def stream(request: Request) -> Response:
         job = job_of(request)
         last = request.headers.get("last-event-id", "0")
@@ -60,14 +61,14 @@ def routes(front: Front) -> APIRouter:
             raise InvalidRequest(f"the job has {len(job.ids)} tokens so far, there is no token {first}")
         return EventStream(_events(job, first, front.limits.quiet_s))
 
-    @router.delete("/{job_id}")
-    @router.post("/{job_id}/cancel")
+    @made.delete("/{job_id}")
+    @made.post("/{job_id}/cancel")
     async def cancel(request: Request) -> Response:
         job = job_of(request)
         gateway.cancel(job)
         return JSONResponse(job_body(job, brief=True), status_code=202)
 
-    return router
+    return made
 
 
 async def _events(job: Job, first: int, quiet_s: float) -> AsyncIterator[bytes]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from kvbank.cluster.http import chat, choices, openapi, tokens
 from kvbank.cluster.http.app import Front, read_body
 from kvbank.cluster.http.choices import Choices, check, check_model, finish_reason, read_wish, respond, submit
 from kvbank.cluster.http.logprobs import Offsets, completion_logprobs, wanted_by_completion
+from kvbank.cluster.http.routes import Routes
 from kvbank.cluster.intake import Fields
 from kvbank.cluster.job import Job, Piece
 from kvbank.errors import InvalidRequest
@@ -25,32 +26,32 @@ KNOWN = frozenset({"best_of", "logprobs", "echo"})
 NEUTRAL: dict[str, tuple[Any, ...]] = {**choices.NEUTRAL, "suffix": ("",)}
 
 
-def routes(front: Front) -> APIRouter:
+def routes(front: Front) -> Routes:
     """The routes of this dialect."""
-    router = APIRouter()
+    made = Routes()
     model = {
         "id": front.intake.facts.name, "object": "model", "created": front.created, "owned_by": "kvbank",
         "max_model_len": front.intake.facts.max_position,
     }
 
-    @router.get("/v1/models")
-    async def models() -> Response:
+    @made.get("/v1/models")
+    async def models(_request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [model]})
 
-    @router.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> Response:
-        check_model(front, name)
+    @made.get("/v1/models/{name:path}")
+    async def one_model(request: Request) -> Response:
+        check_model(front, request.path_params["name"])
         return JSONResponse(model)
 
-    @router.post("/v1/completions")
+    @made.post("/v1/completions")
     async def completions(request: Request) -> Response:
         body = await read_body(request, front.limits)
         return await respond(request, await _begin(front, body, request.state.tenant))
 
-    chat.add_routes(router, front)
-    tokens.add_routes(router, front)
-    openapi.add_routes(router)
-    return router
+    chat.add_routes(made, front)
+    tokens.add_routes(made, front)
+    openapi.add_routes(made)
+    return made
 
 
 async def _begin(front: Front, body: dict[str, Any], tenant: str) -> Choices:

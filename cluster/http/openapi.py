@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import kvbank
 from kvbank.cluster.http import choices, tokens
 from kvbank.cluster.http.doors import OPEN, OPS, PAGES
+from kvbank.cluster.http.routes import Routes
 from kvbank.cluster.http.schemas import CHAT_FIELDS, SCHEMAS, Schema, body, named
 from kvbank.cluster.intake import SPEC_FIELDS
 
@@ -76,15 +78,15 @@ _ROUTES = {
 }
 
 
-def add_routes(router: APIRouter) -> None:
+def add_routes(made: Routes) -> None:
     """GET /openapi.json."""
 
-    @router.get("/openapi.json")
+    @made.get("/openapi.json")
     async def openapi(request: Request) -> Response:
         return JSONResponse(document(request.app))
 
 
-def document(app: FastAPI) -> dict[str, Any]:
+def document(app: Starlette) -> dict[str, Any]:
     """Of an application made by build_app: every route behind its door."""
     paths: dict[str, dict[str, Any]] = {}
     for (method, path), role in sorted(app.state.doors.items()):

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import kvbank
 from kvbank.cluster.feed import Feed, job_row
 from kvbank.cluster.http.app import Front
 from kvbank.cluster.http.events import EventStream
+from kvbank.cluster.http.routes import Routes
 from kvbank.errors import NotFound, Unavailable
 
 PATIENCE_S = 10.0                    # a page that takes no byte for that long is cut off
@@ -34,38 +35,38 @@ def build_feed(front: Front) -> Feed:
     return feed
 
 
-def routes(front: Front, feed: Feed) -> APIRouter:
+def routes(front: Front, feed: Feed) -> Routes:
     """All behind the ops door."""
-    router = APIRouter(prefix="/v1/ops")
+    made = Routes("/v1/ops")
 
-    @router.get("/feed")
-    async def watch() -> Response:
+    @made.get("/feed")
+    async def watch(_request: Request) -> Response:
         feed.check_room()
         return EventStream(_events(feed), patience_s=PATIENCE_S)
 
-    @router.get("/workers/{member}")
-    async def worker(member: str) -> Response:
-        told = await feed.worker(member)
+    @made.get("/workers/{member}")
+    async def worker(request: Request) -> Response:
+        told = await feed.worker(request.path_params["member"])
         if told is None:
             raise NotFound("there is no such member: it left, or never was")
         return JSONResponse(told)
 
-    @router.get("/jobs/{wire_id}")
-    async def job(wire_id: str) -> Response:
-        found = feed.job(wire_id)
+    @made.get("/jobs/{wire_id}")
+    async def job(request: Request) -> Response:
+        found = feed.job(request.path_params["wire_id"])
         if found is None:
             raise NotFound("there is no such job: it never was, or it ended too long ago")
         return JSONResponse({**job_row(found, 0), "timeline": found.timeline.told(), "receipt": found.receipt,
                              "age_s": feed.age_of(found)})
 
-    @router.post("/members/{member}/{action}")
-    async def act(member: str, action: str, request: Request) -> Response:
+    @made.post("/members/{member}/{action}")
+    async def act(request: Request) -> Response:
         if front.ops is None:
             raise Unavailable("this gateway cannot reach members")
-        caller = request.state.caller
+        caller, member, action = request.state.caller, request.path_params["member"], request.path_params["action"]
         return JSONResponse(await front.ops.act(member, action, who=caller.name, tenant=caller.tenant))
 
-    return router
+    return made
 
 
 async def _events(feed: Feed) -> AsyncIterator[bytes]:

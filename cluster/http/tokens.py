@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from kvbank.cluster.http.app import Front, read_body
 from kvbank.cluster.http.choices import check_model
+from kvbank.cluster.http.routes import Routes
 from kvbank.cluster.intake import Fields
 from kvbank.errors import InvalidRequest
 
@@ -20,11 +21,11 @@ TOKENIZE = frozenset({"model", "prompt", "messages", "add_generation_prompt"})
 DETOKENIZE = frozenset({"model", "tokens"})
 
 
-def add_routes(router: APIRouter, front: Front) -> None:
+def add_routes(made: Routes, front: Front) -> None:
     """The two routes."""
     intake = front.intake
 
-    @router.post("/tokenize")
+    @made.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body = await read_body(request, front.limits)
         fields = Fields(body)
@@ -37,7 +38,7 @@ def add_routes(router: APIRouter, front: Front) -> None:
         ids = await intake.token_ids(prompt)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": intake.facts.max_position})
 
-    @router.post("/detokenize")
+    @made.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body = await read_body(request, front.limits)
         fields = Fields(body)

@@ -129,7 +129,12 @@ class FakeWorker:
         context.add_callback(left)
         threading.Thread(target=listen, daemon=True).start()
         while (reply := said.get()) is not None:
-            yield pb.SubmitReplies(replies=[reply])
+            replies = [reply]
+            while len(replies) < 200 and not said.empty() and (reply := said.get()) is not None:
+                replies.append(reply)
+            yield pb.SubmitReplies(replies=replies)
+            if reply is None:
+                break
         context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
 
     def _answers(self, job: pb.Job, cancelled: threading.Event) -> Iterator[pb.SubmitReply]:
