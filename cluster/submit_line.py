@@ -1,10 +1,10 @@
 """SubmitLine: this gateway's Submit stream to one worker, with a lane for each attempt of a job.
 
-    attempts --write--> outbox --writer--> | SubmitRequest | --> worker
-    attempts <--read--- lanes <--reader--- | SubmitReplies | <--
+    attempts --write--> outbox --_write--> | SubmitRequest | --> worker
+    attempts <--read--- lanes <--_read---- | SubmitReplies | <--
 
-One task writes and one reads, so that an attempt that is given up leaves the stream whole for all others. When the stream
-ends, every lane does.
+One task at a time writes and one reads, so that an attempt that is given up leaves the stream whole for all others. When the
+stream ends, every lane does.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ class SubmitLine:
         self._numbers = count(1)
         self._lanes: dict[int, Lane] = {}
         self._outbox: deque[pb.SubmitRequest] = deque()
-        self._mail = asyncio.Event()
+        self._writing: asyncio.Task[None] | None = None
         self._lost, self._retired = "", False
         self.heard = False                           # anything at all
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
+        self._reading = asyncio.create_task(self._read())
 
     @property
     def over(self) -> bool:
@@ -100,9 +100,11 @@ class SubmitLine:
         return lane
 
     def send(self, request: pb.SubmitRequest) -> None:
-        if not self._lost:
-            self._outbox.append(request)
-            self._mail.set()
+        if self._lost:
+            return
+        self._outbox.append(request)
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
 
     def forget(self, number: int) -> bool:
         """True: it was open until now."""
@@ -144,11 +146,9 @@ class SubmitLine:
 
     async def _write(self) -> None:
         try:
-            while True:
-                while self._outbox:
-                    await self._call.write(self._outbox.popleft())
-                self._mail.clear()
-                await self._mail.wait()
+            while self._outbox:
+                await self._call.write(self._outbox.popleft())
+            self._writing = None
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
             pass                                     # the reader knows more of why
 
@@ -162,8 +162,8 @@ class SubmitLine:
         self._lost = reason
         self._outbox.clear()
         self._call.cancel()
-        for task in self._tasks:
-            if task is not asyncio.current_task():
+        for task in (self._reading, self._writing):
+            if task is not None and task is not asyncio.current_task():
                 task.cancel()
         lanes = list(self._lanes.values())
         self._lanes.clear()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -113,7 +114,8 @@ async def submit(
 async def respond(request: Request, choices: Choices) -> Response:
     """The answer in one piece or as a stream; a caller who leaves ends its jobs."""
     if choices.wish.stream:
-        await asyncio.sleep(0)                       # the jobs set off before the head of the answer does
+        for _ in range(2):                           # turns of the loop: the jobs set off before the head of the answer does
+            await asyncio.sleep(0)
         return EventStream(choices.events(), on_leave=choices.cancel)
     if not await unless_left(request, choices.settled(), choices.cancel):
         return Response(status_code=499)             # nobody reads it: the caller has left
@@ -164,41 +166,56 @@ class Choices:
 
     async def events(self) -> AsyncIterator[bytes]:
         """The chunks, of several choices interleaved as they come; errors travel in band."""
-        news: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue(maxsize=64)
-        readers = [asyncio.ensure_future(self._read(number, job, news)) for number, job in enumerate(self._jobs)]
-        try:
-            for number in range(len(self._jobs)):
-                if (opening := self._shape.opening(number)) is not None:
-                    yield self._chunk(opening, [])
-            running = len(readers)
-            while running:
-                said = [await news.get()]
-                while not news.empty():              # what came in one step leaves in one piece
-                    said.append(news.get_nowait())
+        for number in range(len(self._jobs)):
+            if (opening := self._shape.opening(number)) is not None:
+                yield self._chunk(opening, [])
+        async with aclosing(self._said()) as steps:
+            async for said in steps:
                 parts: list[bytes] = []
                 for number, piece in said:
-                    if piece is _END:
-                        running -= 1
-                        if (error := self._jobs[number].error) is not None:
-                            self.cancel()
-                            yield b"".join([*parts, event(error_body(error))])
-                            return
+                    if piece is _END and (error := self._jobs[number].error) is not None:
+                        self.cancel()
+                        yield b"".join([*parts, event(error_body(error))])
+                        return
                     parts.append(self._piece(number, piece))
                 yield b"".join(parts)
-            if self.wish.usage:
-                yield event({**self._head(self._shape.chunk), "choices": [], "usage": self._usage()})
-            yield DONE
+        if self.wish.usage:
+            yield event({**self._head(self._shape.chunk), "choices": [], "usage": self._usage()})
+        yield DONE
+
+    async def _said(self) -> AsyncGenerator[list[tuple[int, Piece | None]]]:
+        """(number of the choice, its next piece): what came in one step in one list."""
+        if len(self._jobs) == 1:
+            async for piece in self._pieces(self._jobs[0]):
+                yield [(0, piece)]
+            return
+        news: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue(maxsize=64)
+
+        async def read(number: int, job: Job) -> None:
+            async for piece in self._pieces(job):
+                await news.put((number, piece))
+
+        readers = [asyncio.ensure_future(read(number, job)) for number, job in enumerate(self._jobs)]
+        running = len(readers)
+        try:
+            while running:
+                said = [await news.get()]
+                while not news.empty():
+                    said.append(news.get_nowait())
+                running -= sum(piece is _END for _, piece in said)
+                yield said
         finally:
             for reader in readers:
                 reader.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
 
-    async def _read(self, number: int, job: Job, news: asyncio.Queue[tuple[int, Piece | None]]) -> None:
+    async def _pieces(self, job: Job) -> AsyncIterator[Piece | None]:
+        """Those that the wish tells of, then _END; None: nothing came for a while."""
         every = self.wish.ids or self.wish.logprobs is not None
         async for piece in job.follow(quiet_s=self._front.limits.quiet_s):
             if piece is None or piece.text or every:
-                await news.put((number, piece))
-        await news.put((number, _END))
+                yield piece
+        yield _END
 
     def _piece(self, number: int, piece: Piece | None) -> bytes:
         if piece is None:
