@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,16 @@ from tests.workers.conftest import TOKEN, Town
 FIXTURE = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
-def bounded(examples: int) -> Any:
-    """As many, or what the profile on the command line says."""
+def bounded(examples: int) -> Callable[[Any], Any]:
+    """As many, or what the profile on the command line says, in a time to match."""
     most = settings().max_examples
-    return settings(max_examples=most if most > 1000 else examples, deadline=None, suppress_health_check=FIXTURE)
+    long = most > 1000
+
+    def apply(test: Any) -> Any:
+        made = settings(max_examples=most if long else examples, deadline=None, suppress_health_check=FIXTURE)(test)
+        return pytest.mark.timeout(3600)(made) if long else made
+
+    return apply
 
 
 # -- HTTP --------------------------------------------------------------------------------------------------------------
