@@ -98,8 +98,8 @@ def test_log_probabilities_are_those_of_transformers(served) -> None:
         logits = model(torch.tensor([prompt["tokens"] + told.token_ids])).logits[0, prompt["count"] - 1 : -1]
     wanted = logits.log_softmax(-1)
     drawn = wanted[range(10), told.token_ids]
-    assert (torch.tensor(told.logprobs.token_logprobs) - drawn).abs().max() < 1e-4
-    assert [entry.logprob for entry in chat.logprobs.content] == told.logprobs.token_logprobs
+    for said in (told.logprobs.token_logprobs, [entry.logprob for entry in chat.logprobs.content]):
+        assert (torch.tensor(said) - drawn).abs().max() < 1e-4       # the chat found the prompt in the cache: other chunks
     top = torch.tensor([[other.logprob for other in entry.top_logprobs] for entry in chat.logprobs.content])
     assert (top - wanted.topk(3).values).abs().max() < 1e-4
     assert b"".join(bytes(entry.bytes) for entry in chat.logprobs.content).decode(errors="replace") == chat.message.content
