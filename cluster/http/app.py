@@ -17,10 +17,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from kvbank.cluster.fields import parse_json
 from kvbank.cluster.gateway import Gateway
 from kvbank.cluster.http.doors import LOOPBACK, OPEN, OPS, USER, Door, Doorman, OriginGuard
 from kvbank.cluster.http.routes import Routes
-from kvbank.cluster.intake import Intake, parse_json
+from kvbank.cluster.intake import Intake
 from kvbank.cluster.ops import Ops
 from kvbank.cluster.traced import IncomingTrace
 from kvbank.errors import InvalidRequest, KVBankError, NotFound, Overloaded, Unauthorized

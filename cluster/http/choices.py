@@ -17,9 +17,10 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kvbank.cluster.fields import Fields
 from kvbank.cluster.http.app import Front, error_body
 from kvbank.cluster.http.events import DONE, KEEP_ALIVE, EventStream, event, unless_left
-from kvbank.cluster.intake import SEEDS, SPEC_FIELDS, Fields, JobSpec
+from kvbank.cluster.intake import SEEDS, SPEC_FIELDS, JobSpec
 from kvbank.cluster.job import Job, Piece
 from kvbank.errors import InvalidRequest, NotFound
 

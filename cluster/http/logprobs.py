@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from kvbank.cluster.intake import MAX_LOGPROBS, Fields, Pieces
+from kvbank.cluster.fields import Fields
+from kvbank.cluster.intake import MAX_LOGPROBS, Pieces
 from kvbank.cluster.job import Logprob
 from kvbank.errors import InvalidRequest
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kvbank.cluster.intake import MAX_LOGPROBS, MAX_MESSAGES, MAX_SALT_CHARS, MAX_SEGMENTS, MAX_STOP_CHARS, MAX_STOPS, POLICIES
+from kvbank.cluster.intake import MAX_LOGPROBS, MAX_SALT_CHARS, MAX_STOP_CHARS, MAX_STOPS, POLICIES
+from kvbank.cluster.prompts import MAX_MESSAGES, MAX_SEGMENTS
 
 Schema = dict[str, Any]
 

@@ -11,10 +11,10 @@ import asyncio
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from kvbank.cluster.fields import Fields
 from kvbank.cluster.http.app import Front, read_body
 from kvbank.cluster.http.choices import check_model
 from kvbank.cluster.http.routes import Routes
-from kvbank.cluster.intake import Fields
 from kvbank.errors import InvalidRequest
 
 TOKENIZE = frozenset({"model", "prompt", "messages", "add_generation_prompt"})

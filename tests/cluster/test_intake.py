@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbank.cluster.intake import SPEC_FIELDS, Intake, JobSpec, ModelFacts, parse_json
+from kvbank.cluster.fields import parse_json
+from kvbank.cluster.intake import SPEC_FIELDS, Intake, JobSpec, ModelFacts
 from kvbank.errors import InvalidRequest, TooLong
 
 INTAKE = Intake(ModelFacts(name="fake", vocab_size=300, max_position=1000), lambda text, start: list(text.encode()))

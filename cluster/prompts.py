@@ -1,0 +1,154 @@
+"""Prompts: text, token ids, segments or a chat, checked and turned into token ids.
+
+    str | [id, ...] | [{"text"|"token_ids": ..., "reusable": ...}, ...] | Rendered --> ids as int32 bytes, segments
+    messages                                                                       --> what a chat template reads
+
+Everything wrong is an InvalidRequest or TooLong that names its place. Knows a vocabulary's size and how to tokenise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvbank.cluster.fields import Fields, check_text, shown
+from kvbank.errors import InvalidRequest, TooLong
+
+MAX_SEGMENTS = 4096
+WIRE_TOKENS = 900_000                # one Submit message is at most 4 MiB, ids are 4 bytes
+SLOW_TEXT = 1 << 15                  # characters; longer texts are tokenised off the event loop
+MAX_MESSAGES = 4096                  # of one chat
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}     # as templates know them
+
+Encode = Callable[[str, bool], list[int]]    # (text, at the start of the prompt) -> token ids
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A prompt's text that already has the special tokens it needs: what a chat template made."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSegment:
+    """Tokens `first .. last - 1` of a prompt came as one Segment."""
+
+    first: int
+    last: int
+    reusable: bool
+
+
+async def read_prompt(prompt: Any, encode: Encode, vocab: int) -> tuple[bytes, tuple[PromptSegment, ...]]:
+    """The ids of what a caller may send as prompt, or of a Rendered; and its segments, where it came in some."""
+    if prompt is None:
+        raise InvalidRequest("prompt is missing")
+    if isinstance(prompt, Rendered):
+        check_text(prompt.text, "messages")
+        made = token_bytes(await _encoded(prompt.text, encode, at_start=False), "messages", vocab)
+        if not made:
+            raise InvalidRequest("the chat template made no prompt of these messages; send some text")
+        return made, ()
+    pieces = [{"text": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(pieces, list):
+        raise InvalidRequest("prompt must be a string, a list of token ids, or a list of segments")
+    if not pieces or (isinstance(prompt, str) and not prompt):
+        raise InvalidRequest("the prompt is empty: give at least one token")
+    if not isinstance(pieces[0], dict):
+        return token_bytes(pieces, "prompt", vocab), ()
+    if len(pieces) > MAX_SEGMENTS:
+        raise InvalidRequest(f"the prompt has {len(pieces)} segments, at most {MAX_SEGMENTS} are read")
+    parts: list[bytes] = []
+    segments: list[PromptSegment] = []
+    first = 0
+    for number, piece in enumerate(pieces):
+        ids, reusable = await _segment(piece, number, encode, vocab, at_start=first == 0)
+        parts.append(ids)
+        segments.append(PromptSegment(first, first + len(ids) // 4, reusable))
+        first = segments[-1].last
+    if first == 0:
+        raise InvalidRequest("the prompt is empty: give at least one token")
+    return b"".join(parts), () if isinstance(prompt, str) else tuple(segments)
+
+
+async def _segment(piece: Any, number: int, encode: Encode, vocab: int, *, at_start: bool) -> tuple[bytes, bool]:
+    where = f"prompt segment {number}"
+    if not isinstance(piece, dict) or set(piece) - {"text", "token_ids", "reusable"}:
+        raise InvalidRequest(f"{where} must be an object of text or token_ids, and reusable")
+    if ("text" in piece) == ("token_ids" in piece):
+        raise InvalidRequest(f"{where} must have either text or token_ids")
+    reusable = Fields(piece).flag("reusable", True)
+    if "token_ids" in piece:
+        return token_bytes(piece["token_ids"], where, vocab), reusable
+    text = piece["text"]
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{where}: text must be a string")
+    check_text(text, where)
+    return token_bytes(await _encoded(text, encode, at_start=at_start), where, vocab), reusable
+
+
+async def _encoded(text: str, encode: Encode, *, at_start: bool) -> list[int]:
+    if len(text) > SLOW_TEXT:
+        return await asyncio.to_thread(encode, text, at_start)
+    return encode(text, at_start)
+
+
+def token_bytes(ids: Any, where: str, vocab: int) -> bytes:
+    """Token ids as int32 bytes; refuses what is not an integer or not in the vocabulary, naming its index."""
+    if not isinstance(ids, list):
+        raise InvalidRequest(f"{where}: token ids must be a list of integers")
+    if len(ids) > WIRE_TOKENS:
+        raise TooLong(f"{where} has {len(ids)} tokens, at most {WIRE_TOKENS} fit one job")
+    if not all(type(i) is int and 0 <= i < vocab for i in ids):
+        at = next(n for n, i in enumerate(ids) if not (type(i) is int and 0 <= i < vocab))
+        raise InvalidRequest(
+            f"{where}: token {at} is {shown(ids[at])}; ids are integers from 0 to {vocab - 1} for this model"
+        )
+    return np.asarray(ids, dtype="<i4").tobytes()
+
+
+def chat_messages(messages: Any) -> list[dict[str, Any]]:
+    """Chat messages with a role of ours and plain text. Raises InvalidRequest naming what is something else."""
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages must be a list of at least one message")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest(f"there are {len(messages)} messages, at most {MAX_MESSAGES} are read")
+    return [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise InvalidRequest(f"{where} must be an object with role and content")
+    given = {name: value for name, value in message.items() if value is not None}
+    if unknown := sorted(set(given) - {"role", "content", "name"}):
+        raise InvalidRequest(f"{where}: {shown(unknown[0])} is not supported; a message has role, content and name")
+    role = given.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise InvalidRequest(f"{where}: role {shown(role)} is not supported; it is one of {', '.join(ROLES)}")
+    if "content" not in given:
+        raise InvalidRequest(f"{where}: content is missing")
+    told = {"role": ROLES[role], "content": _content(given["content"], where)}
+    if "name" in given:
+        told["name"] = Fields(given).text("name", "")
+        check_text(told["name"], f"{where}: name")
+    return told
+
+
+def _content(content: Any, where: str) -> str:
+    """A string, or parts of type text, which become lines."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list) or not parts:
+        raise InvalidRequest(f"{where}: content must be a string or a list of text parts")
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise InvalidRequest(f"{where}: content of type {shown(kind)} is not supported; this server reads text only")
+        if not isinstance(part.get("text"), str) or set(part) - {"type", "text"}:
+            raise InvalidRequest(f"{where}: a text part has a string as text, and nothing else")
+    text = "\n".join(part["text"] for part in parts)
+    check_text(text, where)
+    return text
