@@ -216,10 +216,6 @@ class Settings:
             for section, values in self.tree().items() for key, value in values.items()
         ]
 
-    def with_values(self, source: str, **values: Any) -> Settings:
-        """The same settings with some leaves changed and checked again; `source` is noted for them."""
-        return _check(_apply(self, _leaves(values, source), source))
-
     def _walk(self) -> Iterator[tuple[str, str, Any]]:
         for section in SECTIONS:
             part = getattr(self, section)
@@ -257,11 +253,6 @@ def load(
     if overrides:
         settings = _apply(settings, _leaves(overrides, override_source), override_source)
     return _check(settings)
-
-
-def from_flat(values: Mapping[str, Any]) -> Settings:
-    """What `Settings.flat()` made, on the other side of a process boundary. The environment is not consulted."""
-    return load(values, environ={}) if values else _check(Settings())
 
 
 def _leaves(values: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -51,13 +51,11 @@ def test_setting_names_are_unique_over_the_sections_and_survive_the_journey_to_a
     names = [spec.name for section in config.SECTIONS.values() for spec in fields(section)]
     assert len(names) == len(set(names)) and not set(names) & set(config.SECTIONS)
     settings = config.load({"device_blocks": 99, "api_keys": {"k": "t"}, "redis": None}, environ={})
-    assert config.from_flat(settings.flat()).flat() == settings.flat()
+    assert config.load(settings.flat(), environ={}).flat() == settings.flat()
 
 
 def test_the_environment_of_a_member_cannot_change_what_its_launcher_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
-    flat = config.load({}, environ={}).flat()
     monkeypatch.setenv("KVBANK__HTTP__PORT", "9999")
-    assert config.from_flat(flat).http.port == 0
     assert not [name for name in config.child_env("mark", 1) if name.startswith("KVBANK__")]
 
 
@@ -180,15 +178,6 @@ def test_a_short_term_brings_its_renewals_with_it() -> None:
     assert ("loans.renew_s", 0.5, "derived from loans.term_s") in settings.rows()
     fast = config.load({"heartbeat_s": 0.1}, environ={}).cluster
     assert (fast.suspect_s, fast.gone_s) == (pytest.approx(0.3), 1.0)
-
-
-def test_with_values_checks_again_and_notes_the_source() -> None:
-    settings = config.load(environ={}).with_values("flag --port", port=81)
-    assert settings.http.port == 81 and ("http.port", 81, "flag --port") in settings.rows()
-    with pytest.raises(ConfigError):
-        settings.with_values("flag", device_blocks=8)
-    with pytest.raises(ConfigError, match="unknown setting 'prot'"):
-        settings.with_values("flag", prot=81)
 
 
 @pytest.mark.parametrize(("written", "wanted"), [

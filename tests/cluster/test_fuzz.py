@@ -163,7 +163,7 @@ def test_any_settings_are_sound_or_a_config_error(values) -> None:
     except ConfigError as error:
         assert str(error)
         return
-    assert config.from_flat(made.flat()).flat() == made.flat()
+    assert config.load(made.flat(), environ={}).flat() == made.flat()
 
 
 @bounded(200)
