@@ -24,11 +24,12 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from kvbank.cluster.config import NODE, child_variables, marked_environment
+from kvbank.cluster.config import child_variables, marked_environment
 from kvbank.cluster.logs import secrets_of, set_up
 from kvbank.cluster.member import Build, Member, build_part, started
 from kvbank.cluster.processes import tail
 from kvbank.cluster.seats import Room, Wants, arrange, shortage
+from kvbank.cluster.settings import NODE
 from kvbank.errors import ConfigError, KVBankError, Unavailable, from_code
 
 LOOK_S = 1.0                         # between two looks whether Ray has found the room, or somebody gave up

@@ -25,8 +25,9 @@ from typing import Any
 import kvbank
 from kvbank.cluster import statefile
 from kvbank.cluster.client import Client, Job
-from kvbank.cluster.config import Settings, load, read_keys, state_dir
+from kvbank.cluster.config import load, read_keys, state_dir
 from kvbank.cluster.screen import console, receipt_view, status_view, table
+from kvbank.cluster.settings import Settings
 from kvbank.errors import ConfigError, InvalidRequest, KVBankError, NotFound
 
 ROOT = Path(kvbank.__file__).resolve().parent.parent

@@ -18,9 +18,9 @@ from typing import Any
 import grpc
 
 from kvbank.cluster import machine_health, settings_health, statefile
-from kvbank.cluster.config import Settings
 from kvbank.cluster.finding import Finding, good
 from kvbank.cluster.machine_health import Machine
+from kvbank.cluster.settings import Settings
 from kvbank.errors import ConfigError
 
 

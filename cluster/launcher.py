@@ -29,10 +29,12 @@ from types import TracebackType
 from typing import Any, ClassVar, Final, Protocol
 
 from kvbank.cluster.certs import check_certificates
-from kvbank.cluster.config import NODE, Settings, is_loopback, load, marked_environment, state_dir, threads_per_worker
+from kvbank.cluster.config import load, marked_environment, state_dir, threads_per_worker
 from kvbank.cluster.guardian import Guardian
 from kvbank.cluster.processes import MEMBER_PROGRAM, ProcessLauncher
 from kvbank.cluster.seats import member_id, seats
+from kvbank.cluster.settings import NODE, Settings
+from kvbank.cluster.settings_check import is_loopback
 from kvbank.errors import ConfigError, KVBankError, ModelError, Unavailable
 from kvbank.kvstore.hashing import load_secret, model_digest
 from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Group, RenderableType
 
-from kvbank.cluster.config import Settings
 from kvbank.cluster.screen import size, table
+from kvbank.cluster.settings import Settings
 from kvbank.errors import ConfigError
 from kvbank.kvstore.layout import Layout
 from kvbank.workers.models.config_reader import read_config

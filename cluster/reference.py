@@ -1,6 +1,6 @@
 """Reference: the pages docs/configuration.md and docs/python.md, made from the code that they describe.
 
-    SECTIONS of cluster/config.py                              --> docs/configuration.md
+    SECTIONS of cluster/settings.py                            --> docs/configuration.md
     public classes, their docstrings and fields' comments      --> docs/python.md
 
 `python -m kvbank.cluster.reference` writes both into a checkout; a test compares them with what it would write, so a page
@@ -21,7 +21,8 @@ from typing import Any
 import kvbank
 from kvbank import errors
 from kvbank.cluster import client
-from kvbank.cluster.config import ENV_PREFIX, SECTIONS
+from kvbank.cluster.config import ENV_PREFIX
+from kvbank.cluster.settings import SECTIONS
 
 DOCS = Path(kvbank.__file__).resolve().parent.parent / "docs"
 WIDTH = 120                                  # of a signature before it is broken into lines

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvbank.cluster.config import Settings
+from kvbank.cluster.settings import Settings
 
 Wants = Mapping[str, float]
 

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from kvbank.cluster.certs import expires
-from kvbank.cluster.config import NODE, Settings, is_loopback, ray_auth, read_keys
+from kvbank.cluster.config import ray_auth, read_keys
 from kvbank.cluster.finding import Finding, bad, good, warn
 from kvbank.cluster.machine_health import Machine, listens
 from kvbank.cluster.plan import planned
 from kvbank.cluster.screen import size
+from kvbank.cluster.settings import NODE, Settings
+from kvbank.cluster.settings_check import is_loopback
 from kvbank.errors import ConfigError, KVBankError, ModelError
 from kvbank.kvstore.tiers import redis_address
 from kvbank.kvstore.transport.badge import ROLES

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from kvbank.cluster import config
+from kvbank.cluster.settings import SECTIONS, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("kernels", "kvstore", "workers", "cluster")
@@ -49,7 +49,7 @@ def in_code(place: str) -> float:
     """The default that the code has at `place`, in seconds, bytes or as a count."""
     if ":" not in place:
         section, _, name = place.partition(".")
-        return float(getattr(getattr(config.Settings(), section), name))
+        return float(getattr(getattr(Settings(), section), name))
     file, _, name = place.partition(":")
     module: Any = importlib.import_module("kvbank." + file.removesuffix(".py").replace("/", "."))
     if name.startswith("grpc."):
@@ -110,7 +110,7 @@ def test_no_default_is_listed_twice() -> None:
 
 
 def test_every_timing_setting_is_in_the_table() -> None:
-    sections = config.SECTIONS.items()
+    sections = SECTIONS.items()
     settings = {f"{section}.{field.name}" for section, cls in sections for field in dataclasses.fields(cls)}
     listed = {row.place for row in ROWS}
     assert {name for name in settings if TIMING.match(name)} - listed == set(), "add a row to docs/promises.md"

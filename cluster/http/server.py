@@ -17,7 +17,6 @@ import uvicorn
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from kvbank.cluster.config import is_loopback
 from kvbank.cluster.gateway import Gateway, GatewayLimits
 from kvbank.cluster.http.app import Front, HttpLimits, build_app, error_body
 from kvbank.cluster.http.doors import LOOPBACK
@@ -29,6 +28,7 @@ from kvbank.cluster.meters import Meters
 from kvbank.cluster.ops import Ops
 from kvbank.cluster.placement import choose_worker
 from kvbank.cluster.roster import Roster
+from kvbank.cluster.settings_check import is_loopback
 from kvbank.cluster.survey import Survey
 from kvbank.cluster.traced import TracedJobs
 from kvbank.errors import ConfigError, InvalidRequest
@@ -80,7 +80,7 @@ class GatewaySettings:
     def from_flat(
         cls, flat: Mapping[str, Any], *, control: str, badge: Badge, cache_secret: bytes, model_digest: str
     ) -> GatewaySettings:
-        """From `cluster.config.Settings.flat()` and what the launcher made."""
+        """From `cluster.settings.Settings.flat()` and what the launcher made."""
         return cls(
             control=control, badge=badge, model=flat["model"], cache_secret=cache_secret, model_digest=model_digest,
             dtype=flat["dtype"], exactness=flat["exactness"], block_size=flat["block_size"],

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvbank.cluster import config
+from kvbank.cluster.settings import SECTIONS
 from kvbank.cluster.values import size
 from kvbank.errors import ConfigError
 from kvbank.workers.config import WorkerConfig
@@ -48,8 +49,8 @@ def test_yaml_and_toml_say_the_same(tmp_path: Path) -> None:
 
 
 def test_setting_names_are_unique_over_the_sections_and_survive_the_journey_to_a_member() -> None:
-    names = [spec.name for section in config.SECTIONS.values() for spec in fields(section)]
-    assert len(names) == len(set(names)) and not set(names) & set(config.SECTIONS)
+    names = [spec.name for section in SECTIONS.values() for spec in fields(section)]
+    assert len(names) == len(set(names)) and not set(names) & set(SECTIONS)
     settings = config.load({"device_blocks": 99, "api_keys": {"k": "t"}, "redis": None}, environ={})
     assert config.load(settings.flat(), environ={}).flat() == settings.flat()
 

@@ -17,10 +17,11 @@ import pytest
 
 from kvbank.cluster import cli, machine_health, settings_health
 from kvbank.cluster.certs import make_certificates
-from kvbank.cluster.config import Settings, load, ray_auth
+from kvbank.cluster.config import load, ray_auth
 from kvbank.cluster.doctor import examine
 from kvbank.cluster.finding import Finding
 from kvbank.cluster.machine_health import Machine
+from kvbank.cluster.settings import Settings
 from kvbank.kvstore.tiers.embedded_redis import find_server
 from kvbank.workers.models.random_model import write_random_model
 

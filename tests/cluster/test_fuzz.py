@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvbank.cluster import config
-from kvbank.cluster.config import SECTIONS
 from kvbank.cluster.control import Control
+from kvbank.cluster.settings import SECTIONS
 from kvbank.errors import ConfigError, KVBankError
 from kvbank.kvstore.transport import rpc
 from kvbank.workers.models.random_model import write_random_model

@@ -12,7 +12,8 @@ import pytest
 import kvbank
 from kvbank import errors
 from kvbank.cluster import reference
-from kvbank.cluster.config import SECTIONS, load
+from kvbank.cluster.config import load
+from kvbank.cluster.settings import SECTIONS
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 
