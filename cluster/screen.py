@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,3 +85,7 @@ def receipt_view(receipt: Receipt, title: str = "receipt") -> Table:
 
 def console(*, to_stderr: bool = False) -> Console:
     return Console(stderr=to_stderr, highlight=False)
+
+
+def print_json(body: Any) -> None:
+    print(json.dumps(body, ensure_ascii=False), flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbank.cluster import cli, statefile
+from kvbank.cluster import cli, statefile, verbs
 from kvbank.cluster.http.server import capacity_tokens
 from kvbank.errors import ConfigError, NotFound
 from kvbank.proto.control_pb2 import Member
@@ -137,7 +137,7 @@ def test_doctor_ends_well_on_a_machine_that_runs_these_tests(capsys) -> None:
 def test_bench_runs_a_script_and_hands_its_status_on(capsys, tmp_path, monkeypatch) -> None:
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "toy.py").write_text("def main(argv):\n    print(argv)\n    return 3\n")
-    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.setattr(verbs, "ROOT", tmp_path)
     assert cli.main(["bench", "toy", "--quick", "--json"]) == 3
     assert "['--quick', '--json']" in capsys.readouterr().out
     for name in ("none", "../toy", "toy.py"):
