@@ -17,7 +17,6 @@ import logging
 import os
 import queue
 import secrets
-import socket
 import tempfile
 import threading
 import time
@@ -28,25 +27,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Final, Protocol
 
-from kvbank.cluster.certs import check_certificates
 from kvbank.cluster.config import load, marked_environment, state_dir, threads_per_worker
 from kvbank.cluster.guardian import Guardian
 from kvbank.cluster.processes import MEMBER_PROGRAM, ProcessLauncher
 from kvbank.cluster.seats import member_id, seats
-from kvbank.cluster.settings import NODE, Settings
-from kvbank.cluster.settings_check import is_loopback
-from kvbank.errors import ConfigError, KVBankError, ModelError, Unavailable
+from kvbank.cluster.settings import Settings
+from kvbank.cluster.start_checks import check_model, check_world
+from kvbank.errors import ConfigError, KVBankError, Unavailable
 from kvbank.kvstore.hashing import load_secret, model_digest
 from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis
-from kvbank.kvstore.tiers.redis_tier import probe
-from kvbank.workers.models.config_reader import read_config
 
 log = logging.getLogger(__name__)
 
 RESTARTS = 5                                     # a member that dies more often than this has a reason that stays
 RESTARTS_WITHIN_S = 60.0
 RETRY_S = 1.0                                    # after a restart that failed
-REACH_S = 2.0                                    # for a Ray that we are to join to accept a connection
 LOOK_S = 0.25                                    # between two looks for dead members
 SHORT_PATH = 40                                  # Ray puts unix sockets below the temp folder; their paths are bounded
 
@@ -113,7 +108,7 @@ class LocalCluster:
         }
         overrides = {name: value for name, value in given.items() if value is not UNSET}
         self.settings: Settings = load(config, overrides=overrides)
-        self._model = _check_model(self.settings)
+        self._model = check_model(self.settings)
         self._on_progress = progress or (lambda line: None)
         self._telling = threading.RLock()                        # members start side by side
         self._lock = threading.Lock()                            # one start, one stop
@@ -187,18 +182,8 @@ class LocalCluster:
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        cluster, tiers, http = self.settings.cluster, self.settings.tiers, self.settings.http
-        if http.port and http.host != NODE:
-            _check_port(http.host, http.port)
-        if tiers.redis == "embedded" and not is_loopback(cluster.bind_host):
-            raise ConfigError("tiers.redis embedded is a Redis for this machine alone: for members on several machines give "
-                              "the URL of one that all reach (redis://:password@host:port/0), or none")
-        if cluster.tls_dir:
-            check_certificates(Path(cluster.tls_dir))
-        if tiers.redis not in (None, "embedded"):
-            probe(str(tiers.redis))
-        if cluster.launcher == "ray" and cluster.ray_address not in (None, "auto"):
-            _check_ray(str(cluster.ray_address))
+        cluster, tiers = self.settings.cluster, self.settings.tiers
+        check_world(self.settings)
         state = state_dir(self.settings)
         secret = tiers.cache_secret or load_secret(state).hex()
         self._progress("checking the model's files")
@@ -383,49 +368,6 @@ def _on_its_own_thread(work: Callable[[], object]) -> threading.Event:
     except RuntimeError:                                         # the interpreter is ending and starts no more threads
         run()
     return done
-
-
-class _Model:
-    """The model folder, read and found good."""
-
-    def __init__(self, folder: str, identity: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.identity = identity
-
-
-def _check_model(settings: Settings) -> _Model:
-    """Raises ConfigError or ModelError when no worker could load it."""
-    folder = settings.engine.model
-    if folder is None:
-        raise ConfigError("engine.model is not set: give the path of a model folder in Hugging Face format")
-    config = read_config(folder)
-    if settings.cluster.shards > config.num_layers:
-        raise ConfigError(f"cluster.shards {settings.cluster.shards} is more than the model's {config.num_layers} "
-                          "layers")
-    if not any(Path(folder).glob("*.safetensors")):
-        raise ModelError(f"{folder} holds no *.safetensors file: there are no weights to load")
-    return _Model(folder, config.identity())
-
-
-def _check_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe_socket:
-        probe_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe_socket.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"http.port {port} on {host} cannot be had ({error.strerror}): is another program "
-                              "listening there? Choose another port, or 0 for any") from error
-
-
-def _check_ray(address: str) -> None:
-    """Ray itself would try for three minutes."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise ConfigError(f"cluster.ray_address {address}: no Ray to join there ({error}); give host:port of its head, "
-                          "or auto") from error
 
 
 def _temp_folder() -> Path:
