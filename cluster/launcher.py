@@ -12,63 +12,31 @@ All is checked before anything is started: settings at construction, the world (
 from __future__ import annotations
 
 import atexit
-import contextlib
-import logging
 import os
 import queue
 import secrets
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final
 
 from kvbank.cluster.config import load, marked_environment, state_dir, threads_per_worker
 from kvbank.cluster.guardian import Guardian
+from kvbank.cluster.keep_up import keep_up
 from kvbank.cluster.processes import MEMBER_PROGRAM, ProcessLauncher
+from kvbank.cluster.seams import Launcher
 from kvbank.cluster.seats import member_id, seats
 from kvbank.cluster.settings import Settings
 from kvbank.cluster.start_checks import check_model, check_world
-from kvbank.errors import ConfigError, KVBankError, Unavailable
+from kvbank.errors import ConfigError, Unavailable
 from kvbank.kvstore.hashing import load_secret, model_digest
 from kvbank.kvstore.tiers.embedded_redis import EmbeddedRedis
 
-log = logging.getLogger(__name__)
-
-RESTARTS = 5                                     # a member that dies more often than this has a reason that stays
-RESTARTS_WITHIN_S = 60.0
-RETRY_S = 1.0                                    # after a restart that failed
-LOOK_S = 0.25                                    # between two looks for dead members
 SHORT_PATH = 40                                  # Ray puts unix sockets below the temp folder; their paths are bounded
-
-
-class Launcher(Protocol):
-    """Starts and ends members, whatever they run in. Every method may be called from any thread."""
-
-    @property
-    def processes(self) -> dict[str, int]:
-        """Process id by member id, of those that run."""
-        ...
-
-    def start(self, config: Mapping[str, Any], *, threads: int = 1, within_s: float = 60.0) -> str:
-        """Start one member, wait until it serves, return its address. Raises its own typed error, or Unavailable."""
-        ...
-
-    def dead(self) -> list[str]:
-        """Ids of members whose process has ended without being asked to."""
-        ...
-
-    def stop(self, ids: Sequence[str], *, grace_s: float) -> None:
-        """Ask, wait at most `grace_s`, then kill."""
-        ...
-
-    def close(self, *, grace_s: float = 0.0) -> bool:
-        """Stop everybody and everything of one's own. False when something is left for the end of this process."""
-        ...
 
 
 class _Unset:
@@ -214,7 +182,8 @@ class LocalCluster:
         port = int(self._address.rpartition(":")[2])
         self._configs["gateway"]["settings"] = {**settings, "port": port}
         if cluster.restart:
-            threading.Thread(target=self._keep_up, name="keep-up", daemon=True).start()
+            upkeep = (self._launcher, self._launch_again, self._stopping, self._redis, self._guardian.watch)
+            threading.Thread(target=keep_up, args=upkeep, name="keep-up", daemon=True).start()
 
     def _make_launcher(self, marker: str, logs: Path) -> Launcher:
         assert self._guardian is not None
@@ -257,6 +226,9 @@ class LocalCluster:
         self._progress(f"{config['id']} is ready")
         return address
 
+    def _launch_again(self, name: str) -> None:
+        self._launch(self._configs[name], time.monotonic() + self.settings.cluster.start_timeout_s)
+
     def _launch_all(self, configs: Sequence[dict[str, Any]], give_up: float) -> None:
         """Launch side by side; the first error ends the wait, and the clean-up that follows ends the others."""
         outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -273,42 +245,6 @@ class LocalCluster:
         for _ in configs:
             if (error := outcomes.get()) is not None:
                 raise error
-
-    # -- while it runs -------------------------------------------------------------------------------------------------
-
-    def _keep_up(self) -> None:
-        """Start dead members again, under the same id, in the same place; give up on one that keeps dying."""
-        assert self._launcher is not None
-        deaths: dict[str, deque[float]] = {}
-        while not self._stopping.wait(LOOK_S):
-            if self._redis is not None and not self._redis.running and self._may_restart("redis", deaths):
-                with contextlib.suppress(ConfigError):
-                    self._redis.start()
-                    if self._guardian is not None:
-                        self._guardian.watch(self._redis.pid or 0)
-            for name in self._launcher.dead():
-                log.warning("member_died id=%s", name)
-                self._launcher.stop([name], grace_s=0.0)         # whatever it left of its process group
-                again = threading.Thread(target=self._restart, args=(name, deaths), name=f"restart-{name}", daemon=True)
-                again.start()
-
-    def _may_restart(self, name: str, deaths: dict[str, deque[float]]) -> bool:
-        recent, now = deaths.setdefault(name, deque(maxlen=RESTARTS + 1)), time.monotonic()
-        recent.append(now)
-        return len(recent) <= RESTARTS or now - recent[0] > RESTARTS_WITHIN_S
-
-    def _restart(self, name: str, deaths: dict[str, deque[float]]) -> None:
-        """Until it serves again, the cluster stops, or it died too often."""
-        while self._may_restart(name, deaths):
-            try:
-                self._launch(self._configs[name], time.monotonic() + self.settings.cluster.start_timeout_s)
-                log.info("member_restarted id=%s", name)
-                return
-            except KVBankError as error:
-                if self._stopping.wait(RETRY_S):
-                    return
-                log.error("member_not_restarted id=%s error=%r", name, str(error))
-        log.error("member_given_up id=%s deaths=%d within_s=%.0f", name, RESTARTS, RESTARTS_WITHIN_S)
 
     # -- stop ----------------------------------------------------------------------------------------------------------
 
