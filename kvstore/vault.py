@@ -2,7 +2,7 @@
 
     blank --new_span--> held --release, has keys--> idle --hold--> held
       ^                  |                            |
-      |<--release, no keys                            |--evict (oldest first; on_evict may copy the bytes out)--> blank
+      |<--release, no keys                            |--evict (oldest first, pinned last; on_evict may spill it)--> blank
     blank|idle --take_for_loan--> lent --give_back--> blank|idle        idle --adopt--> lent
 
 `Vault` keeps the books and `Arena` the bytes: the books are pure and the leader of a chain of shards keeps them for all.
@@ -12,13 +12,15 @@ Engine and servicer threads share a vault: every public method takes `lock`, and
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import RLock
 
 import torch
 
+from kvbank.kvstore.idle import IdleSpans
 from kvbank.kvstore.layout import BlockKey, Layout, SlotId
 from kvbank.kvstore.messages import KeptSpan
 from kvbank.kvstore.prefix_index import PrefixIndex
@@ -49,6 +51,14 @@ class VaultCounts:
         return self.blank + self.idle
 
 
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """Blocks that a pin covers, and blocks that it would cover if more slots could be pinned."""
+
+    blocks: int
+    left_out: int = 0
+
+
 class Vault:
     """Books of the slots. Knows spans and keys, never bytes."""
 
@@ -61,10 +71,12 @@ class Vault:
         guarantee: int = 0,
         on_evict: Callable[[Span], None] | None = None,
         on_scrub: Callable[[list[SlotId]], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """lend_cap: slots that may be lent at once. guarantee: slots that an owner keeps while another one needs some: who has
         more gives way first, the one that asks before the others; 0: the oldest goes. on_evict: called before an idle span's
-        slot is reused (spill). on_scrub: called with slots about to be written by a new owner; their bytes become zero."""
+        slot is reused (spill). on_scrub: called with slots about to be written by a new owner; their bytes become zero.
+        clock: seconds, for the terms of pins."""
         self.lock = RLock()
         self.index = PrefixIndex(blocks_per_span)
         self.num_slots = num_slots
@@ -74,7 +86,7 @@ class Vault:
         self._on_evict = on_evict
         self._on_scrub = on_scrub
         self._blank = list(range(num_slots))   # a heap: low slots first, so that sequences get adjacent runs
-        self._idle: OrderedDict[int, Span] = OrderedDict()   # by uid, oldest first
+        self._idle = IdleSpans(clock)          # by uid, oldest first
         self._held: dict[int, Span] = {}
         self._lent: dict[SlotId, Span | None] = {}
         self._coming: dict[SlotId, None] = {}  # own slots whose bytes are on their way
@@ -142,7 +154,7 @@ class Vault:
         with self.lock:
             self.index.withdraw(span)
             self._held.pop(span.uid, None)
-            self._idle.pop(span.uid, None)
+            self._idle.forget(span.uid)
             if span.slot is not None:
                 heapq.heappush(self._blank, span.slot)
             span.slot, span.place = None, GONE
@@ -151,7 +163,7 @@ class Vault:
         """The span is read elsewhere now: blank its slot, keep its keys in the index."""
         with self.lock:
             self._held.pop(span.uid, None)
-            self._idle.pop(span.uid, None)
+            self._idle.forget(span.uid)
             assert span.slot is not None
             heapq.heappush(self._blank, span.slot)
             span.slot, span.place = None, place
@@ -193,20 +205,21 @@ class Vault:
 
     def _next_to_go(self, owner: str, asked: int) -> Span:
         """Under the lock: which idle span makes room for this owner, which asked for so many slots. The oldest of: its own if
-        it has more than the guarantee, else of those who have, else its own, else any."""
+        it has more than the guarantee, else of those who have, else its own, else any. A pinned one when no other is left."""
+        idle = self._idle.next_to_go()
         if not self._guarantee:
-            return next(iter(self._idle.values()))
-        has = Counter(span.owner for span in (*self._held.values(), *self._idle.values()))
+            return next(iter(idle))
+        has = Counter(span.owner for span in (*self._held.values(), *self._idle.spans()))
         has[owner] += asked
         over = {"", *(name for name, slots in has.items() if slots > self._guarantee)}      # "": borrowers' own cache
         for fits in ({owner} & over, over, {owner}):
-            if (span := next((span for span in self._idle.values() if span.owner in fits), None)) is not None:
+            if (span := next((span for span in idle if span.owner in fits), None)) is not None:
                 return span
-        return next(iter(self._idle.values()))
+        return next(iter(idle))
 
     def _take_idle(self, span: Span) -> Span:
         """Under the lock: this idle span is on its way out; its slot is nobody's but the caller's."""
-        del self._idle[span.uid]
+        self._idle.forget(span.uid)
         self.index.withdraw(span)
         assert span.slot is not None
         self._coming[span.slot] = None
@@ -256,6 +269,45 @@ class Vault:
             span.slot, span.place = None, GONE
             went += 1
 
+    # -- pins --------------------------------------------------------------------------------------------------------
+
+    def pin(self, ends: Sequence[BlockKey], tail: Sequence[BlockKey], term_s: float) -> Pinned:
+        """For so long the spans of this prompt that lie here make room after all others. ends: the last key of each whole
+        span. tail: the keys after them. From the prompt's start on, until half of the slots are pinned."""
+        with self.lock:
+            pinned = self._idle.pinned
+            room, left_out = self.num_slots // 2 - len(pinned), 0
+            found: dict[int, int] = {}
+            for span, blocks in self._lying(ends, tail):
+                if span.uid not in pinned and (room := room - 1) < 0:
+                    left_out += blocks
+                else:
+                    found[span.uid] = blocks
+            self._idle.pin(found, term_s)
+            return Pinned(sum(found.values()), left_out)
+
+    def unpin(self, ends: Sequence[BlockKey], tail: Sequence[BlockKey]) -> Pinned:
+        """End the pins of this prompt's spans, whoever made them."""
+        with self.lock:
+            pinned = self._idle.pinned
+            found = {span.uid: blocks for span, blocks in self._lying(ends, tail) if span.uid in pinned}
+            self._idle.unpin(found)
+            return Pinned(sum(found.values()))
+
+    @property
+    def num_pinned(self) -> int:
+        """Slots whose spans are pinned, in whatever state."""
+        with self.lock:
+            return len(self._idle.pinned)
+
+    def _lying(self, ends: Sequence[BlockKey], tail: Sequence[BlockKey]) -> Iterator[tuple[Span, int]]:
+        """The spans in our own slots that serve this prompt, lent or not, each with the number of its blocks that do."""
+        lent = {span.keys[-1]: span for span in self._lent.values() if span is not None}
+        last = next((blocks for blocks in range(len(tail), 0, -1) if tail[blocks - 1] in self.index), 0)
+        for key, blocks in (*((key, self._bps) for key in ends), *((key, last) for key in tail[last - 1 : last])):
+            if (span := self.index.find(key) or lent.get(key)) is not None and span.place == LOCAL:
+                yield span, blocks
+
     # -- the ledger's pool (kvstore/ledger.py SlotPool) --------------------------------------------------------------
 
     def lendable(self) -> int:
@@ -280,12 +332,16 @@ class Vault:
         with self.lock:
             was = self._lent.pop(slot)
             if not keys or self.index.find(keys[-1]) is not None or (was is not None and was.place == GONE):
+                if was is not None:
+                    self._idle.forget(was.uid)
                 heapq.heappush(self._blank, slot)
                 return
             parent = b"" if was is None else was.parent
             owner = "" if was is None else was.owner
             span = Span(slot=slot, keys=list(keys), tokens=tokens, digest=digest, parent=parent, owner=owner)
             self.index.adopt(span)
+            if was is not None:
+                self._idle.hand_on(was.uid, span.uid)
             self._idle[span.uid] = span
 
     def lend_idle(self, key: BlockKey) -> Span | None:
@@ -313,6 +369,10 @@ class Vault:
             if len(set(places)) != len(places):
                 wrong.append("L1: a slot is in two states")
             wrong += [f"idle span {s.uid} has readers" for s in self._idle.values() if s.refs]
+            here = {*self._held, *self._idle, *(span.uid for span in self._lent.values() if span is not None)}
+            wrong += [f"span {uid} is pinned and has no slot" for uid in self._idle.pinned if uid not in here]
+            if 2 * self.num_pinned > self.num_slots:
+                wrong.append(f"{self.num_pinned} of {self.num_slots} slots are pinned: more than half")
             return wrong
 
 
