@@ -60,6 +60,8 @@ MEMBERS: tuple[Family, ...] = (
     _one(GAUGE, "member_up", "worker kind", "1 while the member answers, 0 while it is silent; members that left are absent"),
     _one(GAUGE, "member_capacity_blocks", "worker", "KV blocks of the member's device"),
     _one(GAUGE, "member_blocks", "worker state", "KV blocks of the device: free (blank or idle cache), used by its jobs, lent"),
+    _one(GAUGE, "member_pinned_blocks", "worker", "KV blocks of the device that ops pinned: evicted after all others",
+         "blocks_pinned"),
     _one(GAUGE, "member_borrowed_blocks", "worker", "KV blocks the member holds at others"),
     _one(GAUGE, "member_loans", "worker", "Loans open, by lender"),
     _one(GAUGE, "member_resident_bytes", "worker", "Memory of the member's process", "resident_bytes"),

@@ -111,8 +111,8 @@ class Feed:
     def acted(self, entry: Told) -> None:
         """An ops action was tried."""
         done = entry["outcome"] if entry["ok"] else f"refused: {entry['outcome']}"
-        text = f"{entry['who']}: {entry['action']} {entry['member']}: {done}"
-        self._note(Happening(OPS, INFO if entry["ok"] else WARN, text, entry["member"]))
+        text = f"{entry['who']}: {entry['action']} {entry['job'] or entry['member']}: {done}"
+        self._note(Happening(OPS, INFO if entry["ok"] else WARN, text, entry["member"], entry["job"]))
 
     def _note(self, happening: Happening) -> None:
         self._number += 1

@@ -24,7 +24,7 @@ from typing import Protocol
 
 from kvbank.cluster.attempt import Attempt, Lost, ending_error, receipt_body
 from kvbank.cluster.intake import JobSpec
-from kvbank.cluster.job import Job, TextStream
+from kvbank.cluster.job import Job, SpanKeys, TextStream
 from kvbank.cluster.links import Links
 from kvbank.cluster.meters import Meters
 from kvbank.cluster.quotas import Quotas
@@ -88,6 +88,7 @@ class Gateway:
         choose: Choose,
         open_text: Callable[[tuple[str, ...]], TextStream],
         block_keys: Callable[[str, bytes], bytes] = lambda _key_space, _prompt: b"",
+        blocks_per_span: int = 8,
         eos_ids: Sequence[int] = (),
         limits: GatewayLimits | None = None,
         meters: Meters | None = None,
@@ -102,6 +103,7 @@ class Gateway:
         self._choose = choose
         self._open_text = open_text
         self._block_keys = block_keys
+        self._blocks_per_span = blocks_per_span
         self._eos_ids = frozenset(eos_ids)
         self._clock = clock
         self._jobs: OrderedDict[tuple[str, str], Job] = OrderedDict()     # (tenant, id); live ones and retained ones
@@ -208,6 +210,7 @@ class Gateway:
 
     def _admit(self, spec: JobSpec) -> Job:
         self._last_age = max(self._last_age + 1e-6, time.time())
+        keys = self._block_keys(spec.key_space, spec.prompt)
         job = Job(
             id=spec.job_id or f"job-{secrets.token_hex(12)}",
             wire_id=f"j-{secrets.token_hex(12)}",
@@ -219,7 +222,8 @@ class Gateway:
             started_at=self._clock(),
             homeless_since=self._clock(),
             prompt_tokens=spec.prompt_tokens,
-            keys=self._block_keys(spec.key_space, spec.prompt),
+            keys=keys,
+            span_keys=SpanKeys.of(keys, self._blocks_per_span),
         )
         job.progress.total = spec.prompt_tokens
         self._jobs[(spec.tenant, job.id)] = job

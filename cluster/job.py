@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
+
 from kvbank.cluster.intake import JobSpec
 from kvbank.cluster.timeline import REPLAYED, Timeline
 from kvbank.errors import KVBankError
@@ -47,6 +49,21 @@ class Logprob:
 
 
 @dataclass(frozen=True, slots=True)
+class SpanKeys:
+    """What finds the spans of a prompt on a worker. Few enough of its block keys to be kept when the job is over."""
+
+    ends: bytes = b""                # of the last block of each whole span, 32 bytes each
+    tail: bytes = b""                # of the blocks after them
+
+    @classmethod
+    def of(cls, keys: bytes, blocks_per_span: int) -> SpanKeys:
+        """keys: of all whole blocks of the prompt."""
+        each = np.frombuffer(keys, dtype="V32")
+        whole = len(each) - len(each) % blocks_per_span
+        return cls(each[blocks_per_span - 1 : whole : blocks_per_span].tobytes(), each[whole:].tobytes())
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A part of a job's output: ids `index ..` and the text that they released."""
 
@@ -79,6 +96,7 @@ class Job:
     started_at: float                # monotonic
     homeless_since: float = 0.0      # when it was admitted, or lost the last worker that had it
     keys: bytes = b""                # block keys of the prompt, 32 bytes each
+    span_keys: SpanKeys = SpanKeys()
     prompt_tokens: int = 0
     ids: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -131,7 +149,8 @@ class Job:
         self.timeline.enter(now - self.started_at, phase, self.attempt, self.worker, note)
 
     def end(self, now: float, *, error: KVBankError | None = None) -> None:
-        """Close the job: the prompt is let go, the output stays for late readers. The caller announces it."""
+        """Close the job: the prompt is let go, the output stays for late readers, and the span keys for a pin. The caller
+        announces it."""
         try:
             self.tail = self.text.finish()
         except Exception:                    # ids that are no tokens, of a broken worker: the job must end all the same

@@ -58,7 +58,7 @@ class Links:
         return await self._unary(address, "/kvbank.Control/Locate", request, control_pb2.LocateReply, timeout_s)
 
     async def act(self, address: str, request: ops_pb2.OpsRequest, *, timeout_s: float) -> ops_pb2.OpsReply:
-        """Have one member drain, recall or clear. Raises grpc.aio.AioRpcError."""
+        """Have one member drain, recall, clear or pin. Raises grpc.aio.AioRpcError."""
         return await self._unary(address, "/kvbank.Ops/Act", request, ops_pb2.OpsReply, timeout_s)
 
     async def _unary(self, address: str, method: str, request: Message, reply: type[Reply], timeout_s: float) -> Reply:

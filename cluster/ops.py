@@ -2,20 +2,22 @@
 
     route (ops door) --Caller.name, member, action--> Ops --gRPC--> member            every try is kept, and logged
 
-There is no pin: a frame is evictable or held by a job that needs it, and a pin without a job and a term is how caches
-leak. There is no clearing of Redis: it belongs to all members, and has its own limit and term.
+A pin is of a job's prompt, on the worker that ran it last, and has a term: without either, pins are how caches leak. There is
+no clearing of Redis: it belongs to all members, and has its own limit and term.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 import grpc.aio
 
+from kvbank.cluster.job import Job
 from kvbank.errors import InvalidRequest, NotFound, Unavailable
 from kvbank.proto import ops_pb2
 from kvbank.proto.control_pb2 import MemberView
@@ -23,6 +25,7 @@ from kvbank.proto.control_pb2 import MemberView
 log = logging.getLogger(__name__)
 
 ACT_S = 5.0                          # a member that has not answered by then is not waited for
+PIN_S = 600.0                        # how long a pin lasts that names no term
 MAX_AUDIT = 200
 ACTIONS = ("drain", "undrain", "recall", "clear")
 
@@ -50,15 +53,37 @@ class Ops:
 
     async def act(self, member: str, action: str, *, who: str, tenant: str) -> dict[str, Any]:
         """Have it done; returns the audit entry. Raises InvalidRequest, NotFound, Unavailable: those are recorded too."""
-        try:
-            outcome = await self._act(member, action)
-        except (InvalidRequest, NotFound, Unavailable) as error:
-            self._record(member, action[:64], who, tenant, ok=False, outcome=str(error))
-            raise
-        return self._record(member, action, who, tenant, ok=True, outcome=outcome)
+        entry = {"who": who, "tenant": tenant, "action": action[:64], "member": member[:64], "job": ""}
+        return await self._recorded(entry, self._act(member, action))
+
+    async def pin(self, wire_id: str, job: Job | None, term_s: float, *, who: str, tenant: str) -> dict[str, Any]:
+        """Have what the job's prompt left on its worker evicted after all others for so many seconds; 0 ends that. As act."""
+        entry = {"who": who, "tenant": tenant, "action": "pin" if term_s else "unpin",
+                 "member": "" if job is None else job.worker, "job": wire_id[:64]}
+        return await self._recorded(entry, self._pin(job, math.ceil(term_s)))
 
     async def _act(self, member: str, action: str) -> str:
-        request = _request(action)
+        reply = await self._ask(member, _request(action))
+        return {"drain": f"{reply.blocks} lent blocks called back", "undrain": "takes jobs and lends again",
+                "recall": f"{reply.blocks} lent blocks called back",
+                "clear": f"{reply.blocks} idle blocks and {reply.frames} host frames dropped"}[action]
+
+    async def _pin(self, job: Job | None, term_s: int) -> str:
+        if job is None:
+            raise NotFound("there is no such job: it never was, or it ended too long ago")
+        if not job.worker:
+            raise InvalidRequest("no worker has had this job yet")
+        keys = job.span_keys
+        if not keys.ends and not keys.tail:
+            raise InvalidRequest("the gateway has no block keys of this prompt: it is shorter than a block, or its worker "
+                                 "makes them alone")
+        reply = await self._ask(job.worker, ops_pb2.OpsRequest(pin=ops_pb2.Pin(ends=keys.ends, tail=keys.tail, term_s=term_s)))
+        if not term_s:
+            return f"{reply.blocks} blocks unpinned"
+        more = f"; {reply.left_out} more would be over half of the vault" if reply.left_out else ""
+        return f"{reply.blocks} blocks pinned for {term_s} s{more}"
+
+    async def _ask(self, member: str, request: ops_pb2.OpsRequest) -> ops_pb2.OpsReply:
         address = next((view.member.address for view in self._roster.members
                         if view.member.id == member and view.member.kind in ("model", "lender")), None)
         if address is None:
@@ -70,15 +95,21 @@ class Ops:
                               ) from None
         if reply.error:
             raise InvalidRequest(reply.error)
-        return {"drain": f"{reply.blocks} lent blocks called back", "undrain": "takes jobs and lends again",
-                "recall": f"{reply.blocks} lent blocks called back",
-                "clear": f"{reply.blocks} idle blocks and {reply.frames} host frames dropped"}[action]
+        return reply
 
-    def _record(self, member: str, action: str, who: str, tenant: str, *, ok: bool, outcome: str) -> dict[str, Any]:
-        entry = {"at": self._wall(), "who": who, "tenant": tenant, "action": action, "member": member[:64], "ok": ok,
-                 "outcome": outcome}
+    async def _recorded(self, entry: dict[str, Any], doing: Awaitable[str]) -> dict[str, Any]:
+        try:
+            outcome = await doing
+        except (InvalidRequest, NotFound, Unavailable) as error:
+            self._record({**entry, "ok": False, "outcome": str(error)})
+            raise
+        return self._record({**entry, "ok": True, "outcome": outcome})
+
+    def _record(self, entry: dict[str, Any]) -> dict[str, Any]:
+        entry = {"at": self._wall(), **entry}
         self.audit.append(entry)
-        log.info("ops action=%s member=%r who=%s tenant=%s ok=%s outcome=%r", action, member[:64], who, tenant, ok, outcome)
+        said = ("action", "member", "job", "who", "tenant", "ok", "outcome")
+        log.info("ops action=%s member=%r job=%r who=%s tenant=%s ok=%s outcome=%r", *(entry[name] for name in said))
         self.on_act(entry)
         return entry
 

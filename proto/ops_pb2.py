@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvbank/proto/ops.proto\x12\x06kvbank\"\x87\x01\n\nOpsRequest\x12$\n\x08\x64raining\x18\x01 \x01(\x0b\x32\x10.kvbank.DrainingH\x00\x12%\n\x06recall\x18\x02 \x01(\x0b\x32\x13.kvbank.RecallLoansH\x00\x12$\n\x05\x63lear\x18\x03 \x01(\x0b\x32\x13.kvbank.ClearCachesH\x00\x42\x06\n\x04kind\"\x16\n\x08\x44raining\x12\n\n\x02on\x18\x01 \x01(\x08\"\r\n\x0bRecallLoans\"+\n\x0b\x43learCaches\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\x08\x12\x0c\n\x04host\x18\x02 \x01(\x08\"9\n\x08OpsReply\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\x0e\n\x06\x66rames\x18\x03 \x01(\r22\n\x03Ops\x12+\n\x03\x41\x63t\x12\x12.kvbank.OpsRequest\x1a\x10.kvbank.OpsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvbank/proto/ops.proto\x12\x06kvbank\"\xa3\x01\n\nOpsRequest\x12$\n\x08\x64raining\x18\x01 \x01(\x0b\x32\x10.kvbank.DrainingH\x00\x12%\n\x06recall\x18\x02 \x01(\x0b\x32\x13.kvbank.RecallLoansH\x00\x12$\n\x05\x63lear\x18\x03 \x01(\x0b\x32\x13.kvbank.ClearCachesH\x00\x12\x1a\n\x03pin\x18\x04 \x01(\x0b\x32\x0b.kvbank.PinH\x00\x42\x06\n\x04kind\"\x16\n\x08\x44raining\x12\n\n\x02on\x18\x01 \x01(\x08\"\r\n\x0bRecallLoans\"+\n\x0b\x43learCaches\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\x08\x12\x0c\n\x04host\x18\x02 \x01(\x08\"1\n\x03Pin\x12\x0c\n\x04\x65nds\x18\x01 \x01(\x0c\x12\x0c\n\x04tail\x18\x02 \x01(\x0c\x12\x0e\n\x06term_s\x18\x03 \x01(\r\"K\n\x08OpsReply\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\x0e\n\x06\x66rames\x18\x03 \x01(\r\x12\x10\n\x08left_out\x18\x04 \x01(\r22\n\x03Ops\x12+\n\x03\x41\x63t\x12\x12.kvbank.OpsRequest\x1a\x10.kvbank.OpsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,15 +32,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvbank.proto.ops_pb2', _glo
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_OPSREQUEST']._serialized_start=35
-  _globals['_OPSREQUEST']._serialized_end=170
-  _globals['_DRAINING']._serialized_start=172
-  _globals['_DRAINING']._serialized_end=194
-  _globals['_RECALLLOANS']._serialized_start=196
-  _globals['_RECALLLOANS']._serialized_end=209
-  _globals['_CLEARCACHES']._serialized_start=211
-  _globals['_CLEARCACHES']._serialized_end=254
-  _globals['_OPSREPLY']._serialized_start=256
-  _globals['_OPSREPLY']._serialized_end=313
-  _globals['_OPS']._serialized_start=315
-  _globals['_OPS']._serialized_end=365
+  _globals['_OPSREQUEST']._serialized_end=198
+  _globals['_DRAINING']._serialized_start=200
+  _globals['_DRAINING']._serialized_end=222
+  _globals['_RECALLLOANS']._serialized_start=224
+  _globals['_RECALLLOANS']._serialized_end=237
+  _globals['_CLEARCACHES']._serialized_start=239
+  _globals['_CLEARCACHES']._serialized_end=282
+  _globals['_PIN']._serialized_start=284
+  _globals['_PIN']._serialized_end=333
+  _globals['_OPSREPLY']._serialized_start=335
+  _globals['_OPSREPLY']._serialized_end=410
+  _globals['_OPS']._serialized_start=412
+  _globals['_OPS']._serialized_end=462
 # @@protoc_insertion_point(module_scope)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from threading import Lock
 
+from kvbank.kvstore.layout import BlockKey
+
 KEY_BYTES = 32
 
 
@@ -20,10 +22,10 @@ class HeldKeys:
         if whole:
             self.clear()
         with self._lock:
-            for key in _split(added):
+            for key in split_keys(added):
                 self._held[key] = None
                 self._changed[key] = True
-            for key in _split(removed):
+            for key in split_keys(removed):
                 self._held.pop(key, None)
                 self._changed[key] = False
 
@@ -42,5 +44,5 @@ class HeldKeys:
                     b"".join(key for key, held in changed.items() if not held))
 
 
-def _split(keys: bytes) -> list[bytes]:
-    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
+def split_keys(keys: bytes) -> list[BlockKey]:
+    return [BlockKey(keys[at : at + KEY_BYTES]) for at in range(0, len(keys), KEY_BYTES)]

@@ -1,6 +1,6 @@
-"""Ops over gRPC: drain this member, call its loans home, empty its caches. Each is an event that the cores know already.
+"""Ops over gRPC: drain this member, call its loans home, empty its caches, pin what a prompt left in its vault.
 
-    gateway --Draining--> ledger: Drain        --RecallLoans--> ledger: Homecoming        --ClearCaches--> vault, host tier
+    gateway --Draining--> ledger: Drain   --RecallLoans--> ledger: Homecoming   --ClearCaches--> vault, host tier   --Pin--> vault
 
 Who may ask was decided at the gateway's ops door. Redis is not cleared from here: it is every member's, and keeps its own
 term.
@@ -14,10 +14,12 @@ from collections.abc import Callable
 import grpc
 
 from kvbank.kvstore.borrowing import Banker
+from kvbank.kvstore.idle import MAX_PIN_S
 from kvbank.kvstore.loan_events import Drain, Homecoming
 from kvbank.kvstore.store import BlockStore
 from kvbank.kvstore.vault import Vault
 from kvbank.proto import ops_pb2 as pb
+from kvbank.workers.held_keys import split_keys
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ class OpsService:
             reply = self._recall()
         elif kind == "clear":
             reply = self._clear(request.clear)
+        elif kind == "pin":
+            reply = self._pin(request.pin)
         log.info("ops done=%s blocks=%d frames=%d refused=%s", kind, reply.blocks, reply.frames, bool(reply.error))
         return reply
 
@@ -77,6 +81,19 @@ class OpsService:
         if wish.host and store is not None:
             reply.frames = store.clear_host()
         return reply
+
+    def _pin(self, wish: pb.Pin) -> pb.OpsReply:
+        if wish.term_s > MAX_PIN_S:
+            return pb.OpsReply(error=f"a pin lasts at most {MAX_PIN_S:g} s")
+        ends, tail = split_keys(wish.ends), split_keys(wish.tail)
+        if not wish.term_s:
+            return pb.OpsReply(blocks=self._vault.unpin(ends, tail).blocks)
+        done = self._vault.pin(ends, tail, wish.term_s)
+        if done.blocks:
+            return pb.OpsReply(blocks=done.blocks, left_out=done.left_out)
+        if done.left_out:
+            return pb.OpsReply(error="half of this member's slots are pinned, and more may not be: end another pin first")
+        return pb.OpsReply(error="nothing of this prompt lies in this member's vault now")
 
     def _lent(self) -> int:
         """Blocks away from the vault."""

@@ -293,6 +293,7 @@ class Worker:
                     "attend_bytes_in": attend.bytes_in, "attend_bytes_out": attend.bytes_out, "attend_stale": attend.stale,
                     "attend_tainted": attend.tainted, "resident_bytes": psutil.Process().memory_info().rss}
         with self.vault.lock:
+            counters["blocks_pinned"] = self.vault.num_pinned * self.layout.blocks_per_span
             counters |= {f"ledger_{name}": value for name, value in self.ledger.counters.items()}
         return {name: float(value) for name, value in counters.items()}
 

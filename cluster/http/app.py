@@ -56,7 +56,7 @@ class Front:
     created: int = 0                                                 # unix time, for /v1/models
     status: Callable[[], Awaitable[dict[str, Any]]] | None = None    # members, loans and tiers, for /v1/status
     borrowed: Callable[[], Mapping[str, int]] = dict                 # blocks read at lenders, by a job's name on the wire
-    ops: Ops | None = None                                           # drain, recall, clear
+    ops: Ops | None = None                                           # drain, recall, clear, pin
 
 
 def build_app(front: Front) -> Starlette:
@@ -110,6 +110,20 @@ async def read_body(request: Request, limits: HttpLimits) -> dict[str, Any]:
             f"the body is larger than {limits.body_bytes} bytes; send a shorter prompt, or raise http.max_body_bytes"
         )
     return parse_json(b"".join(parts))
+
+
+def query_number(request: Request, name: str, default: float, high: float) -> float:
+    """A number from 0 to `high` in the address. Raises InvalidRequest."""
+    given = request.query_params.get(name)
+    if given is None:
+        return default
+    try:
+        value = float(given)
+    except ValueError:
+        raise InvalidRequest(f"{name} must be a number") from None
+    if not 0 <= value <= high:
+        raise InvalidRequest(f"{name} must be from 0 to {high:g}")
+    return value
 
 
 class BodyTooLarge(InvalidRequest):

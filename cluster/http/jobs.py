@@ -14,7 +14,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from kvbank.cluster.http.app import Front, error_body, read_body
+from kvbank.cluster.http.app import Front, error_body, query_number, read_body
 from kvbank.cluster.http.events import EventStream, event, unless_left
 from kvbank.cluster.http.routes import Routes
 from kvbank.cluster.job import Job
@@ -45,7 +45,7 @@ def routes(front: Front) -> Routes:
     @made.get("/{job_id}")
     async def one(request: Request) -> Response:
         job = job_of(request)
-        wait_s = _query_number(request, "wait_s", 0.0, MAX_WAIT_S)
+        wait_s = query_number(request, "wait_s", 0.0, MAX_WAIT_S)
         if wait_s > 0:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
@@ -56,7 +56,7 @@ def routes(front: Front) -> Routes:
     async def stream(request: Request) -> Response:
         job = job_of(request)
         last = request.headers.get("last-event-id", "0")
-        first = int(_query_number(request, "from", float(last) if last.isdigit() else 0.0, 2**31))
+        first = int(query_number(request, "from", float(last) if last.isdigit() else 0.0, 2**31))
         if first > len(job.ids):
             raise InvalidRequest(f"the job has {len(job.ids)} tokens so far, there is no token {first}")
         return EventStream(_events(job, first, front.limits.quiet_s))
@@ -107,16 +107,3 @@ def _progress(job: Job) -> dict[str, Any]:
     progress = job.progress
     return {"state": progress.state, "computed": progress.computed, "total": progress.total,
             "waits_for": progress.waits_for}
-
-
-def _query_number(request: Request, name: str, default: float, high: float) -> float:
-    given = request.query_params.get(name)
-    if given is None:
-        return default
-    try:
-        value = float(given)
-    except ValueError:
-        raise InvalidRequest(f"{name} must be a number") from None
-    if not 0 <= value <= high:
-        raise InvalidRequest(f"{name} must be from 0 to {high:g}")
-    return value

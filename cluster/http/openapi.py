@@ -23,6 +23,8 @@ from kvbank.cluster.http.doors import OPEN, OPS, PAGES
 from kvbank.cluster.http.routes import Routes
 from kvbank.cluster.http.schemas import CHAT_FIELDS, SCHEMAS, Schema, body, named
 from kvbank.cluster.intake import SPEC_FIELDS
+from kvbank.cluster.ops import PIN_S
+from kvbank.kvstore.idle import MAX_PIN_S
 
 _JSON, _EVENTS = "application/json", "text/event-stream"
 _ERRORS = {"400": "Something in the request is not understood, not supported or too long.", "401": "The key is missing or wrong.",
@@ -46,6 +48,8 @@ class _Told:
 
 _WAIT = {"wait_s": {"type": "number", "minimum": 0, "maximum": 60, "description": "Wait so long for its end."}}
 _FROM = {"from": {"type": "integer", "minimum": 0, "description": "Index of the first token to send; default 0."}}
+_TERM = {"term_s": {"type": "number", "minimum": 0, "maximum": MAX_PIN_S, "default": PIN_S,
+                    "description": "Seconds, rounded up; 0 ends it."}}
 _WORK = ("400", "413", "429", "503", "504")
 _ROUTES = {
     ("GET", "/health"): _Told("Whether anybody can be served", "Health", errors=("503",)),
@@ -74,6 +78,8 @@ _ROUTES = {
     ("GET", "/v1/ops/jobs/{wire_id}"): _Told("One job of any tenant: timeline and receipt, no text", errors=("404",)),
     ("POST", "/v1/ops/members/{member}/{action}"): _Told("Drain, undrain, recall or clear a member",
                                                          errors=("400", "404", "503")),
+    ("POST", "/v1/ops/jobs/{wire_id}/pin"): _Told("Have what a job's prompt left on its worker evicted last, for a term",
+                                                  errors=("400", "404", "503"), query=_TERM),
     ("GET", "/openapi.json"): _Told("This document", "OpenAPI"),
 }
 

@@ -1,6 +1,7 @@
 """Routes for who runs the cluster: the feed that the dashboard lives on, one member, one job, and the ops actions.
 
-GET /v1/ops/feed · GET /v1/ops/workers/ID · GET /v1/ops/jobs/NAME_ON_THE_WIRE · POST /v1/ops/members/ID/ACTION
+GET /v1/ops/feed · GET /v1/ops/workers/ID · GET /v1/ops/jobs/NAME_ON_THE_WIRE
+POST /v1/ops/members/ID/ACTION · POST /v1/ops/jobs/NAME_ON_THE_WIRE/pin?term_s=
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from starlette.responses import JSONResponse, Response
 
 import kvbank
 from kvbank.cluster.feed import Feed, job_row
-from kvbank.cluster.http.app import Front
+from kvbank.cluster.http.app import Front, query_number
 from kvbank.cluster.http.events import EventStream
 from kvbank.cluster.http.routes import Routes
+from kvbank.cluster.ops import PIN_S, Ops
 from kvbank.errors import NotFound, Unavailable
+from kvbank.kvstore.idle import MAX_PIN_S
 
 PATIENCE_S = 10.0                    # a page that takes no byte for that long is cut off
 
@@ -38,6 +41,11 @@ def build_feed(front: Front) -> Feed:
 def routes(front: Front, feed: Feed) -> Routes:
     """All behind the ops door."""
     made = Routes("/v1/ops")
+
+    def ops() -> Ops:
+        if front.ops is None:
+            raise Unavailable("this gateway cannot reach members")
+        return front.ops
 
     @made.get("/feed")
     async def watch(_request: Request) -> Response:
@@ -61,10 +69,14 @@ def routes(front: Front, feed: Feed) -> Routes:
 
     @made.post("/members/{member}/{action}")
     async def act(request: Request) -> Response:
-        if front.ops is None:
-            raise Unavailable("this gateway cannot reach members")
         caller, member, action = request.state.caller, request.path_params["member"], request.path_params["action"]
-        return JSONResponse(await front.ops.act(member, action, who=caller.name, tenant=caller.tenant))
+        return JSONResponse(await ops().act(member, action, who=caller.name, tenant=caller.tenant))
+
+    @made.post("/jobs/{wire_id}/pin")
+    async def pin(request: Request) -> Response:
+        caller, wire_id = request.state.caller, request.path_params["wire_id"]
+        term_s = query_number(request, "term_s", PIN_S, MAX_PIN_S)
+        return JSONResponse(await ops().pin(wire_id, feed.job(wire_id), term_s, who=caller.name, tenant=caller.tenant))
 
     return made
 

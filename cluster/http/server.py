@@ -159,8 +159,8 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
             )
 
         gateway = Gateway(
-            roster=roster, links=links, open_text=open_text, block_keys=keys, eos_ids=config.eos_ids,
-            limits=settings.limits,
+            roster=roster, links=links, open_text=open_text, block_keys=keys,
+            blocks_per_span=layout.blocks_per_span, eos_ids=config.eos_ids, limits=settings.limits,
             meters=Meters(model=facts.name, jobs_limit=settings.limits.max_jobs, expected=settings.expected),
             traced=TracedJobs(traces) if traces is not None else None,
             choose=lambda workers, held, tokens: choose_worker(

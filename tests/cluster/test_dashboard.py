@@ -193,6 +193,33 @@ def test_an_action_asks_first_is_done_and_leaves_a_trail(town, city, open_page) 
     assert page.faults == []
 
 
+def test_a_jobs_prompt_is_pinned_from_its_page(town, city, open_page) -> None:
+    server = town(block_keys=lambda _space, _prompt: b"k" * 32)
+    done = httpx.post(f"{server.address}/v1/jobs", json={"prompt": [1, 2, 3], "max_tokens": 4, "job_id": "report"}).json()
+    httpx.get(f"{server.address}/v1/jobs/{done['id']}", params={"wait_s": 20})
+    page = open_page(server.address, at="#/jobs")
+    live(page)
+    page.get_by_role("link", name="report").first.click()
+    page.get_by_role("button", name="Pin", exact=True).click()
+    dialog = page.get_by_role("dialog", name="Pin the prompt of report?")
+    assert "For 10 minutes, what lies of its prompt on worker-0" in dialog.inner_text()
+    page.keyboard.press("Escape")
+    assert city.acted == []
+    page.get_by_role("button", name="Pin", exact=True).click()
+    dialog.get_by_role("button", name="Pin").click()
+    page.wait_for_selector("#polite >> text=report: 64 blocks pinned for 600 s")
+    page.get_by_role("button", name="End pin").click()
+    page.get_by_role("dialog").get_by_role("button", name="End pin").click()
+    page.wait_for_selector("#polite >> text=report: 64 blocks unpinned")
+    assert city.acted == ["pin", "pin"]
+    wire = page.url.rsplit("/", 1)[1]
+    page.get_by_role("link", name="Events").click()
+    page.wait_for_selector("tbody >> text=64 blocks unpinned")
+    assert page.locator("tbody tr td:nth-child(4)").all_inner_texts() == ["unpin", "pin"]
+    assert page.locator("tbody tr td:nth-child(6)").all_inner_texts() == [wire, wire]
+    assert page.faults == []
+
+
 def test_a_key_opens_the_page_and_only_an_ops_key(town, city, open_page) -> None:
     server = town(api_keys={"key-user": "tenant-a", "key-ops": "tenant-a:ops"})
     page = open_page(server.address)

@@ -145,7 +145,8 @@ def test_a_look_that_fails_is_not_the_end() -> None:
 
 def test_events_are_bounded_per_kind_and_kept_while_nobody_watches() -> None:
     async def check(feed: Feed, city: City) -> None:
-        entry = {"at": 1.0, "who": "key-1", "tenant": "t", "action": "drain", "member": "a", "ok": True, "outcome": "done"}
+        entry = {"at": 1.0, "who": "key-1", "tenant": "t", "action": "drain", "member": "a", "job": "",
+                 "ok": True, "outcome": "done"}
         feed.acted(entry)
         for _ in range(EVENTS + 50):
             feed.refused("overloaded")

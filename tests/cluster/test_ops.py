@@ -13,6 +13,7 @@ import grpc.aio
 import httpx
 import pytest
 
+from kvbank.cluster.job import SpanKeys
 from kvbank.cluster.ops import MAX_AUDIT, Ops
 from kvbank.errors import InvalidRequest, NotFound, Unavailable
 from kvbank.proto import ops_pb2
@@ -63,8 +64,8 @@ def test_an_action_reaches_its_member_and_is_recorded(ops, links, caplog, action
     (address, request), = links.asked
     assert address == "host:1" and request.WhichOneof("kind") == kind
     assert kind != "draining" or request.draining.on == (action == "drain")
-    assert entry == {"at": 5.0, "who": "key-12ab", "tenant": "t", "action": action, "member": "worker-0", "ok": True,
-                     "outcome": outcome}
+    assert entry == {"at": 5.0, "who": "key-12ab", "tenant": "t", "action": action, "member": "worker-0", "job": "",
+                     "ok": True, "outcome": outcome}
     assert list(ops.audit) == heard == [entry]
     assert f"action={action}" in caplog.text and "who=key-12ab" in caplog.text
 
@@ -87,6 +88,74 @@ def test_what_did_not_work_is_told_without_addresses_and_recorded_too(ops, links
         with pytest.raises(NotFound):
             act(ops, "x" * 1000, "drain")
     assert len(ops.audit) == MAX_AUDIT and len(ops.audit[-1]["member"]) == 64
+
+
+def block_key(number: int) -> bytes:
+    return bytes([number]) * 32
+
+
+def test_one_key_of_each_span_is_kept_and_those_of_the_rest() -> None:
+    keys = b"".join(block_key(number) for number in range(19))
+    assert SpanKeys.of(keys, 8) == SpanKeys(block_key(7) + block_key(15), block_key(16) + block_key(17) + block_key(18))
+    assert SpanKeys.of(keys[: 8 * 32], 8) == SpanKeys(block_key(7))
+    assert SpanKeys.of(keys[:32], 8) == SpanKeys(b"", block_key(0))
+    assert SpanKeys.of(b"", 8) == SpanKeys()
+
+
+def test_a_pin_names_the_prompt_to_the_worker_that_ran_it_and_is_recorded(ops, links) -> None:
+    job = SimpleNamespace(worker="worker-0", span_keys=SpanKeys(block_key(1), block_key(2)))
+
+    def pin(job: Any, term_s: float) -> dict[str, Any]:
+        return asyncio.run(ops.pin("j-1", job, term_s, who="key-12ab", tenant="t"))
+
+    links.reply = ops_pb2.OpsReply(blocks=24, left_out=8)
+    entry = pin(job, 59.5)
+    assert links.asked == [("host:1", ops_pb2.OpsRequest(pin=ops_pb2.Pin(ends=block_key(1), tail=block_key(2), term_s=60)))]
+    assert entry == {"at": 5.0, "who": "key-12ab", "tenant": "t", "action": "pin", "member": "worker-0", "job": "j-1",
+                     "ok": True, "outcome": "24 blocks pinned for 60 s; 8 more would be over half of the vault"}
+    links.reply = ops_pb2.OpsReply(blocks=24)
+    entry = pin(job, 0)
+    assert (entry["action"], entry["outcome"]) == ("unpin", "24 blocks unpinned") and links.asked[-1][1].pin.term_s == 0
+    links.reply = ops_pb2.OpsReply(error="nothing of this prompt lies there")
+    with pytest.raises(InvalidRequest, match="nothing of this prompt"):
+        pin(job, 60)
+    for bad, says in ((SimpleNamespace(worker="", span_keys=job.span_keys), "no worker has had this job"),
+                      (SimpleNamespace(worker="worker-0", span_keys=SpanKeys()), "no block keys")):
+        with pytest.raises(InvalidRequest, match=says):
+            pin(bad, 60)
+    for gone in (None, SimpleNamespace(worker="worker-9", span_keys=job.span_keys)):
+        with pytest.raises(NotFound):
+            pin(gone, 60)
+    assert len(links.asked) == 3 and [entry["ok"] for entry in ops.audit] == [True, True, *[False] * 5]
+    assert {entry["job"] for entry in ops.audit} == {"j-1"} and "\\x01" not in str(ops.audit)
+
+
+def test_a_job_is_pinned_by_ops_alone_while_it_is_kept_and_no_key_leaves(make_worker, make_server, ops, links) -> None:
+    keys = [block_key(number) for number in range(10)]
+    server = make_server(make_worker("worker-0"), api_keys=KEYS, ops=ops, block_keys=lambda _space, _prompt: b"".join(keys))
+    with httpx.Client(base_url=server.address) as client:
+        csrf = client.get("/v1/ops/session", headers=OPS).json()["csrf"]
+        trusted = {**OPS, "x-kvbank-csrf": csrf}
+        client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 2}, headers=OPS)
+        (job,) = server.gateway.everyones_jobs()
+        assert job.over and not job.keys and job.span_keys == SpanKeys(keys[7], keys[8] + keys[9])
+        url = f"/v1/ops/jobs/{job.wire_id}/pin"
+        for headers in ({}, {"Authorization": "Bearer key-user", "x-kvbank-csrf": csrf}, OPS, {**OPS, "x-kvbank-csrf": "no"}):
+            assert client.post(url, headers=headers).status_code in (401, 403)
+        for term in ("-1", "86401", "soon", "nan", "inf", ""):
+            assert client.post(url, params={"term_s": term}, headers=trusted).status_code == 400, term
+        assert links.asked == [] and not ops.audit
+        assert client.post(url.replace(job.wire_id, "nobody"), headers=trusted).status_code == 404
+        assert client.post(url.replace(job.wire_id, job.id), headers=trusted).status_code == 404, "its tenant's name for it"
+        done = client.post(url, headers=trusted)
+        assert done.status_code == 200 and done.json()["outcome"] == "24 blocks pinned for 600 s"
+        assert client.post(url, params={"term_s": 0}, headers=trusted).json()["action"] == "unpin"
+        assert [request.pin.term_s for _, request in links.asked] == [600, 0]
+        assert [(entry["job"], entry["ok"]) for entry in ops.audit] == [
+            ("nobody", False), (job.id, False), (job.wire_id, True), (job.wire_id, True)]
+        told = client.get(f"/v1/ops/jobs/{job.wire_id}", headers=OPS).json()
+        assert not [name for name in (*told, *done.json()) if "key" in name]
+        assert keys[7].hex() not in json.dumps(told) + done.text
 
 
 def test_only_ops_with_the_pages_token_acts_and_the_trail_names_no_key(make_server, ops, links) -> None:

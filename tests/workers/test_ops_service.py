@@ -1,4 +1,4 @@
-"""Ops on one member, over its real ledger, vault and driver: drain, recall and clear; and what a follower answers."""
+"""Ops on one member, over its real ledger, vault and driver: drain, recall, clear and pin; what a follower answers."""
 
 from __future__ import annotations
 
@@ -98,6 +98,29 @@ def test_clear_drops_idle_spans_and_frames_that_nobody_pins(member) -> None:
     member.host.unpin([b"c"])
     member.ops.act(pb.OpsRequest(clear=pb.ClearCaches(host=True)))
     assert member.host.status().bytes_used == 0 and member.host.status().frames == 0
+
+
+def test_a_pin_says_what_it_covers_and_why_it_covers_nothing(member) -> None:
+    keys = [bytes([number]) * 32 for number in range(8)]
+    for key in keys:
+        (slot,) = member.vault.take_for_loan(1)
+        member.vault.give_back(slot, [BlockKey(key)])         # a span of one block, cached
+
+    def act(term_s: int, *named: bytes) -> pb.OpsReply:
+        return member.ops.act(pb.OpsRequest(pin=pb.Pin(ends=b"".join(named), term_s=term_s)))
+
+    assert "nothing of this prompt" in act(60, b"x" * 32).error
+    assert "at most 86400 s" in act(86_401, keys[0]).error and member.vault.num_pinned == 0
+    reply = act(60, *keys[:5])
+    assert (reply.error, reply.blocks, reply.left_out) == ("", 4 * 8, 8), "eight slots: four may be pinned"
+    assert "half of this member's slots" in act(60, keys[6]).error
+    assert member.ops.act(pb.OpsRequest(pin=pb.Pin(tail=keys[0], term_s=60))).blocks == 1
+    (slot,) = member.vault.take_for_loan(1)                   # a loan makes room as a job does: the oldest unpinned one goes
+    assert [key in member.vault.index for key in keys] == [True] * 4 + [False] + [True] * 3
+    assert act(0, *keys[:2]).blocks == 16 and member.vault.num_pinned == 2
+    assert act(0, *keys[:2]) == pb.OpsReply(), "safe to repeat"
+    assert member.ops.act(pb.OpsRequest(clear=pb.ClearCaches(device=True))).blocks == 7 * 8
+    assert member.vault.num_pinned == 0 and member.vault.check() == []
 
 
 @pytest.mark.parametrize("request_", [pb.OpsRequest(), pb.OpsRequest(recall=pb.RecallLoans())])

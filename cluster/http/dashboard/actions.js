@@ -1,9 +1,9 @@
-// Ops actions: drain, recall, clear. Each says what it will do and asks once; the gateway asks for the ops role and the token.
+// Ops actions: drain, recall, clear, pin. Each says what it will do and asks once; the gateway asks for the ops role and the token.
 
 import { el, say } from "./dom.js";
 import { plural } from "./format.js";
 
-const ACTIONS = {
+const MEMBER = {
   drain: {
     name: "Drain", title: (id) => `Drain ${id}?`,
     about: (w) => `${w.id} takes no new jobs and grants no new loans. Its ${plural(w.lent, "lent block")} are called back calmly; running jobs go on to their end.`,
@@ -15,7 +15,19 @@ const ACTIONS = {
   },
   clear: {
     name: "Clear caches", title: (id) => `Clear the caches of ${id}?`,
-    about: (w) => `${plural(w.idle, "idle cached block")} and the host frames that no job needs are dropped. Redis keeps its copies. What was cached is computed or fetched again.`,
+    about: (w) => `${plural(w.idle, "idle cached block")}, pinned ones too, and the host frames that no job needs are dropped. Redis keeps its copies. What was cached is computed or fetched again.`,
+  },
+};
+
+const PIN_S = 600;
+const JOB = {
+  pin: {
+    name: "Pin", title: (id) => `Pin the prompt of ${id}?`, term_s: PIN_S,
+    about: (job) => `For ${PIN_S / 60} minutes, what lies of its prompt on ${job.worker} is evicted after all other idle blocks there. Running jobs still get their room, and at most half of a vault is pinned.`,
+  },
+  unpin: {
+    name: "End pin", title: (id) => `End the pin of ${id}?`, term_s: 0,
+    about: (job) => `What lies of its prompt on ${job.worker} is evicted as any other cache again, also where another pinned prompt shares it.`,
   },
 };
 
@@ -32,14 +44,15 @@ export class Actions {
     document.body.append(this.dialog);
   }
 
-  buttons(id) {
-    const made = Object.fromEntries(Object.entries(ACTIONS).map(([action, { name }]) =>
-      [action, el("button", { type: "button", "data-action": action, text: name, onclick: () => this.ask(action) })]));
+  ofMember(id) {
+    let worker = null;
+    const made = this.buttons(MEMBER, ({ title, about }, action) =>
+      ({ of: id, title: title(id), about: about(worker), url: `/v1/ops/members/${encodeURIComponent(id)}/${action}` }));
     const node = el("div", { class: "actions" }, Object.values(made));
     return {
       node,
-      update: (worker, allowed) => {
-        this.worker = worker;
+      update: (now, allowed) => {
+        worker = now;
         node.hidden = !worker || !allowed || worker.shard > 0;
         if (!worker) return;
         made.drain.hidden = worker.draining;
@@ -50,11 +63,23 @@ export class Actions {
     };
   }
 
-  ask(action) {
-    const { name, title, about } = ACTIONS[action];
-    Object.assign(this, { action, member: this.worker.id });
-    say(this.heading, title(this.member));
-    say(this.about, about(this.worker));
+  ofJob(id) {
+    let job = null;
+    const made = this.buttons(JOB, ({ title, about, term_s }) =>
+      ({ of: job.name, title: title(job.name), about: about(job), url: `/v1/ops/jobs/${encodeURIComponent(id)}/pin?term_s=${term_s}` }));
+    const node = el("div", { class: "actions", hidden: true }, Object.values(made));
+    return { node, update: (now, allowed) => { job = now; node.hidden = !allowed || !job.worker; } };
+  }
+
+  buttons(actions, wish) {
+    return Object.fromEntries(Object.entries(actions).map(([action, about]) =>
+      [action, el("button", { type: "button", "data-action": action, text: about.name, onclick: () => this.ask(about.name, wish(about, action)) })]));
+  }
+
+  ask(name, { of, title, about, url }) {
+    Object.assign(this, { of, url });
+    say(this.heading, title);
+    say(this.about, about);
     say(this.problem, "");
     say(this.confirm, name);
     this.confirm.disabled = false;
@@ -64,10 +89,10 @@ export class Actions {
 
   async act() {
     this.confirm.disabled = true;
-    const { ok, body } = await this.post(`/v1/ops/members/${encodeURIComponent(this.member)}/${this.action}`);
+    const { ok, body } = await this.post(this.url);
     if (ok) {
       this.dialog.close();
-      this.polite(`${this.member}: ${body.outcome}`);
+      this.polite(`${this.of}: ${body.outcome}`);
     } else {
       say(this.problem, body ? body.error.message : "The gateway did not answer; nothing may have been done.");
       this.confirm.disabled = false;

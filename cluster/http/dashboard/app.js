@@ -64,7 +64,7 @@ function chosen() {
     case "member": return new Member(id, ask, actions);
     case "loans": return new Loans();
     case "jobs": return new Jobs();
-    case "job": return new Job(id, ask);
+    case "job": return new Job(id, ask, actions);
     case "events": return new Events();
     default: return { title: "No such page", node: el("p", { class: "empty", text: "There is no such page." }), update() {} };
   }

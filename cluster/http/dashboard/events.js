@@ -26,9 +26,9 @@ export class Events {
     this.empty = el("p", { class: "empty" });
     this.log = card("Events", "", el("div", { class: "filters" }, this.kinds.map((k) => k.node),
       el("label", { for: "event-word", text: "Containing" }), this.word), this.list, this.empty);
-    this.audit = table("Ops actions, newest first", [{ name: "At" }, { name: "Who" }, { name: "Tenant" }, { name: "Action" }, { name: "Member" }, { name: "Outcome" }]);
+    this.audit = table("Ops actions, newest first", [{ name: "At" }, { name: "Who" }, { name: "Tenant" }, { name: "Action" }, { name: "Member" }, { name: "Job" }, { name: "Outcome" }]);
     this.trail = card("Who did what", "ops actions since the gateway started, the last 200", this.audit.node,
-      el("p", { class: "empty", text: "Nobody drained, recalled or cleared anything yet." }));
+      el("p", { class: "empty", text: "Nobody drained, recalled, cleared or pinned anything yet." }));
     this.node = el("div", { class: "page" }, el("h1", { class: "unseen", text: "Events" }), this.log.node, this.trail.node);
   }
 
@@ -46,7 +46,8 @@ export class Events {
     this.trail.body.lastElementChild.hidden = entries.length > 0;
     keyed(this.audit.body, entries, (e) => e.at, (e) => {
       const outcome = el("td", {}, chip(e.ok ? "ok" : "bad", e.ok ? "done" : "refused"), ` ${e.outcome}`);
-      return el("tr", {}, [clock(e.at), e.who, e.tenant, e.action, e.member].map((text) => el("td", { text })), outcome);
+      const job = el("td", {}, e.job ? el("a", { href: `#/job/${encodeURIComponent(e.job)}`, text: e.job }) : "");
+      return el("tr", {}, [clock(e.at), e.who, e.tenant, e.action, e.member].map((text) => el("td", { text })), job, outcome);
     }, (row) => set(row, "class", null));
   }
 }

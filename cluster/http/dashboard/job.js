@@ -1,4 +1,4 @@
-// One job: what it did when, and its receipt.
+// One job: what it did when, its receipt, and the pin of its prompt.
 
 import { card, chip, el, keyed, say, set, svg, table } from "./dom.js";
 import { NONE, clock, count, plural, seconds } from "./format.js";
@@ -9,7 +9,7 @@ const LANE = 34;
 export const PHASES = ["queued", "accepted", "waiting", "fetching", "prefill", "replay", "decode"];
 
 export class Job {
-  constructor(id, ask) {
+  constructor(id, ask, actions) {
     Object.assign(this, { id, ask, title: "Job" });
     this.name = el("h1", { text: "Job" });
     this.state = chip("ok", "loading");
@@ -26,17 +26,19 @@ export class Job {
     el("details", {}, el("summary", { text: "The same as a table" }), this.moments.node));
     this.reuse = card("Prompt tokens by source", "", this.sources.node);
     this.misses = card("Computed, and why", "", this.reasons.node);
+    this.buttons = actions.ofJob(id);
     this.problem = el("p", { class: "empty", text: "Loading this job." });
     this.rest = el("div", { hidden: true }, this.timeline.node, el("div", { class: "three" }, this.reuse.node, this.misses.node,
       card("Receipt", "of the whole job", this.receipt).node));
     this.node = el("div", { class: "page" }, el("p", { class: "crumbs" }, el("a", { href: "#/jobs", text: "Jobs" })),
-      el("div", { class: "title" }, this.name, this.state), this.facts, this.problem, this.rest);
+      el("div", { class: "title" }, this.name, this.state, this.buttons.node), this.facts, this.problem, this.rest);
   }
 
   async update(cluster) {
     if (this.asking || (this.over && this.row === cluster.jobs.get(this.id))) return;
     this.asking = true;
     this.row = cluster.jobs.get(this.id);
+    this.allowed = cluster.facts.actions;
     const { ok, body } = await this.ask(`/v1/ops/jobs/${encodeURIComponent(this.id)}`);
     this.asking = false;
     if (ok) this.tell(body);
@@ -48,6 +50,7 @@ export class Job {
     this.problem.hidden = true;
     this.rest.hidden = false;
     say(this.name, job.name);
+    this.buttons.update(job, this.allowed);
     this.title = `Job ${job.name}`;
     const state = this.over ? job.outcome : job.phase;
     set(this.state, "data-state", job.state === "failed" ? "bad" : state);

@@ -22,7 +22,7 @@ export class Member {
     this.jobs = jobTable("Jobs on this member", BRIEF);
     this.noJobs = el("p", { class: "empty", text: "No job runs here now." });
     this.counters = el("dl", { class: "counters" });
-    this.buttons = actions.buttons(id);
+    this.buttons = actions.ofMember(id);
     this.gone = el("p", { class: "empty", text: "No member of this name is there now." });
     this.rest = el("div", {},
       el("div", { class: "two" }, card("Vault", "blocks by state, now", legend(), this.bar.node, this.numbers).node,

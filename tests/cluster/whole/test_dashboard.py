@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -115,3 +116,37 @@ def test_caches_of_a_sharded_replica_are_cleared_by_its_leader(cluster, text, un
         assert cold.token_ids == want.token_ids and "device" not in cold.receipt.reused
         warm = client.generate(text(500, 4), max_tokens=8, ignore_eos=True)
         assert warm.token_ids == want.token_ids and warm.receipt.reused["device"] > 300
+
+
+def test_a_pinned_prompt_outlasts_what_drives_out_another(cluster, text, until) -> None:
+    """Twelve slots: two prompts of three, and others that need nine at once."""
+    town = cluster(workers=1, lenders=0, device_blocks=96)
+    session = httpx.get(f"{town.address}/v1/ops/session").json()
+
+    def wire_of(job: str) -> str:
+        with httpx.stream("GET", f"{town.address}/v1/ops/feed") as answer:
+            data = next(line for line in answer.iter_lines() if line.startswith("data: "))
+        return next(row["id"] for row in json.loads(data.removeprefix("data: "))["jobs"] if row["name"] == job)
+
+    def pin(job: str, term_s: int) -> str:
+        done = httpx.post(f"{town.address}/v1/ops/jobs/{wire_of(job)}/pin", params={"term_s": term_s},
+                          headers={"x-kvbank-csrf": session["csrf"]})
+        assert done.status_code == 200, done.text
+        return done.json()["outcome"]
+
+    def reused(client: Client, prompt: list[int]) -> int:
+        return client.generate(prompt, max_tokens=4, ignore_eos=True).receipt.reused.get("device", 0)
+
+    pinned, other = text(380, 5), text(380, 6)
+    with Client(town.address) as client:
+        want = client.generate(pinned, max_tokens=4, ignore_eos=True, job_id="pinned").token_ids
+        client.generate(other, max_tokens=4, ignore_eos=True)
+        assert pin("pinned", 3600) == "23 blocks pinned for 3600 s"
+        until(lambda: [worker.counters["blocks_pinned"] for worker in client.status().workers] == [24])
+        client.generate(text(1100, 7), max_tokens=4, ignore_eos=True)
+        again = client.generate(pinned, max_tokens=4, ignore_eos=True)
+        assert again.token_ids == want and again.receipt.reused["device"] == 368
+        assert reused(client, other) == 0, "younger, and gone"
+        assert len(client.generate(text(1500, 8), max_tokens=4, ignore_eos=True).token_ids) == 4, "a job that needs all gets all"
+        assert reused(client, pinned) == 0
+        assert pin("pinned", 0) == "0 blocks unpinned"
