@@ -64,6 +64,7 @@ class Feed:
         self._series: deque[Told] = deque(maxlen=SERIES)
         self._events = {kind: deque[Told](maxlen=EVENTS) for kind in KINDS}
         self._fresh: deque[Told] = deque(maxlen=EVENTS)      # since the last message
+        self._acts: deque[Told] = deque(maxlen=EVENTS)       # likewise, of the audit trail
         self._number = 0                             # of the last event
         self._ended: deque[Job] = deque(maxlen=ENDED_JOBS)
         self._tokens, self._tokens_before, self._tokens_at = 0, 0, clock()
@@ -110,6 +111,8 @@ class Feed:
 
     def acted(self, entry: Told) -> None:
         """An ops action was tried."""
+        if self._watchers:
+            self._acts.append(entry)
         done = entry["outcome"] if entry["ok"] else f"refused: {entry['outcome']}"
         text = f"{entry['who']}: {entry['action']} {entry['job'] or entry['member']}: {done}"
         self._note(Happening(OPS, INFO if entry["ok"] else WARN, text, entry["member"], entry["job"]))
@@ -142,6 +145,7 @@ class Feed:
         try:
             if self._task is None or self._task.done():
                 self._fresh.clear()
+                self._acts.clear()
                 self._task = asyncio.create_task(self._run())
             elif self._clock() - self._looked_at < FRESH_S:
                 watcher.behind = False
@@ -195,8 +199,9 @@ class Feed:
         point = self._point(told)
         self._series.append(point)
         delta = {"at": self._wall(), "events": list(self._fresh), "point": point, "window": self.window.told(self._clock()),
-                 "tiers": told["tiers"], "audit": self.audit()[-1:], **_delta(before, self._seen)}
+                 "tiers": told["tiers"], "audit": list(self._acts), **_delta(before, self._seen)}
         self._fresh.clear()
+        self._acts.clear()
         return _json(delta)
 
     def _view(self, told: Told) -> Told:

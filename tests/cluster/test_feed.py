@@ -130,6 +130,22 @@ def test_one_watcher_too_many_is_refused() -> None:
     with_feed(check)
 
 
+def test_every_action_between_two_looks_reaches_the_page_once() -> None:
+    async def check(feed: Feed, city: City) -> None:
+        stream = feed.watch()
+        await following(stream)
+        entry = {"who": "key-1", "tenant": "t", "member": "a", "job": "", "ok": True, "outcome": "done"}
+        for at, action in enumerate(("pin", "unpin", "drain")):
+            feed.acted({"at": float(at), "action": action, **entry})
+        heard = []
+        while len(heard) < 3:
+            heard += (await following(stream))[1]["audit"]
+        assert [entry["action"] for entry in heard] == ["pin", "unpin", "drain"]
+        assert (await following(stream))[1]["audit"] == []
+
+    with_feed(check)
+
+
 def test_a_look_that_fails_is_not_the_end() -> None:
     async def check(feed: Feed, city: City) -> None:
         stream = feed.watch()

@@ -53,7 +53,7 @@ export class Cluster {
     for (const entry of message.audit) {
       if (!this.audit.some((known) => known.at === entry.at)) this.audit.push(entry);
     }
-    if (this.audit.length > AUDIT) this.audit.shift();
+    if (this.audit.length > AUDIT) this.audit.splice(0, this.audit.length - AUDIT);
   }
 
   // Members in an order that never jumps: replicas with their shards, then lenders, each by number.
