@@ -295,6 +295,22 @@ def test_it_says_when_it_is_old_and_comes_back_by_itself(town, open_page, make_s
     page.wait_for_function("() => !document.getElementById('banner').firstChild && !document.body.classList.contains('old')")
 
 
+def test_a_fault_of_the_page_is_told_as_one_and_the_connection_stays(town, city, open_page) -> None:
+    page = open_page(town().address)
+    live(page)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    for broken in ("totals", "apply"):               # in drawing, and in taking up what came
+        page.evaluate("name => { kvbank.cluster[name] = () => { throw new Error(`planted in ${name}`); }; }", broken)
+        page.wait_for_selector(f"#banner >> text=planted in {broken}")
+        assert "This page failed to draw" in page.locator("#banner").inner_text()
+        assert page.locator("body.old").count() == 1 and page.locator("#link").inner_text() == "Live"
+        page.evaluate("name => { delete kvbank.cluster[name]; }", broken)
+        page.wait_for_function("() => !document.getElementById('banner').firstChild && !document.body.classList.contains('old')")
+    assert asked == [], "it did not connect again"
+    assert [fault for fault in page.faults if "planted" not in fault] == [] and len(page.faults) == 2, "each told once"
+
+
 def test_before_anything_happened_every_part_says_so(make_server, open_page) -> None:
     async def nothing() -> dict[str, Any]:
         return {"workers": [], "loans": [], "tiers": []}

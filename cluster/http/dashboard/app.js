@@ -20,6 +20,7 @@ const renders = [];                     // milliseconds of main thread that each
 let stream = null;
 let view = null;
 let csrf = "";
+let fault = "";                         // what went wrong in this page itself, until a drawing went well
 
 // -- asking the gateway ------------------------------------------------------------------------------------------------
 
@@ -83,10 +84,25 @@ function show(moveFocus) {
 function render() {
   if (!view || document.hidden) return;
   const began = performance.now();
-  view.update(cluster);
-  say(document.querySelector("title"), `${view.title} · kvbank`);
+  draw(view).then(() => judge(null), judge);
   renders.push(performance.now() - began);
   if (renders.length > 100) renders.shift();
+}
+
+// Ends when all is drawn: some views ask the gateway for more.
+async function draw(drawn) {
+  const rest = drawn.update(cluster);
+  say(document.querySelector("title"), `${drawn.title} · kvbank`);
+  await rest;
+}
+
+// A fault of this page is told and logged as one. The connection is another matter, and stays.
+function judge(error) {
+  const text = error ? String(error) : "";
+  if (text === fault) return;
+  fault = text;
+  if (error) console.error(error);
+  if (stream) onState(stream.state);
 }
 
 // -- the feed ----------------------------------------------------------------------------------------------------------
@@ -105,14 +121,14 @@ function onState(state, detail, changed) {
   const words = { connecting: "Connecting", live: "Live", stale: `No news for ${age} s`, lost: "Disconnected", denied: "Not allowed" };
   set(link, "data-state", state);
   say(link, words[state]);
-  document.body.classList.toggle("old", cluster.known && (state === "stale" || state === "lost"));
+  document.body.classList.toggle("old", cluster.known && (state === "stale" || state === "lost" || Boolean(fault)));
   if (state === "lost" && cluster.known) {
     const left = Math.max(0, Math.ceil((stream.retryAt - performance.now()) / 1000));
     tell(`The gateway cannot be reached. What you see is from ${clock(cluster.at)}.`, left ? `Trying again in ${left} s.` : "Trying now.", () => stream.now());
   } else if (state === "lost") tell("The gateway cannot be reached.", "Trying again.", () => stream.now());
   else if (state === "stale") tell(`The gateway has said nothing since ${clock(cluster.at)}.`, "What you see may be old.");
   else if (state === "denied" && changed) denied(detail);
-  else if (state !== "denied") tell("");
+  else if (state !== "denied") tell(fault && "This page failed to draw what the gateway told it. What you see may be old or wrong.", fault);
 }
 
 function tell(text, more, retry) {
@@ -127,7 +143,7 @@ function tell(text, more, retry) {
 
 function begin() {
   document.getElementById("sign-out").hidden = !sessionStorage.getItem(KEY);
-  stream = new Stream("/v1/ops/feed", { headers, onMessage, onState });
+  stream = new Stream("/v1/ops/feed", { headers, onMessage, onState, onFault: judge });
 }
 
 // -- signing in --------------------------------------------------------------------------------------------------------
@@ -137,6 +153,7 @@ function forget() {
   stream = null;
   view = null;
   csrf = "";
+  fault = "";
   cluster.clear();
   sessionStorage.removeItem(KEY);
   document.getElementById("sign-out").hidden = true;

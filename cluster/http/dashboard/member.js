@@ -39,7 +39,7 @@ export class Member {
     this.gone.hidden = Boolean(worker);
     this.rest.hidden = !worker;
     this.buttons.update(worker, cluster.facts.actions);
-    if (!worker) { set(this.state, "data-state", "silent"); say(this.state, "gone"); return; }
+    if (!worker) { set(this.state, "data-state", "silent"); say(this.state, "gone"); return null; }
     const now = condition(worker);
     set(this.state, "data-state", now);
     say(this.state, now === "ok" ? "answers" : now);
@@ -58,7 +58,7 @@ export class Member {
       const [lends, other] = loan.lender === this.id ? ["lends to", loan.borrower] : ["borrows from", loan.lender];
       return el("tr", {}, el("td", { text: lends }), el("td", {}, el("a", { href: `#/member/${encodeURIComponent(other)}`, text: other })), [0, 1, 2].map(() => el("td", { class: "number" })));
     }, (row, loan) => [count(loan.blocks), loan.recalled ? count(loan.recalled) : NONE, seconds(loan.term_s)].forEach((value, i) => say(row.children[i + 2], value)));
-    this.detail();
+    return this.detail();
   }
 
   async detail() {

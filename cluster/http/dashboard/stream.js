@@ -2,14 +2,16 @@
 //
 //     connecting -> live -> stale (no word for STALE_MS) -> live
 //                     \-> lost (the stream broke) -> connecting ...        denied: the key does not open this door
+//
+// What a listener throws is a fault of the page: it goes to onFault, and is no reason to connect again.
 
 const STALE_MS = 4000;
 const SILENT_MS = 15000;
 const WAITS_MS = [500, 1000, 2000, 4000, 8000];
 
 export class Stream {
-  constructor(url, { headers, onMessage, onState }) {
-    Object.assign(this, { url, headers, onMessage, onState });
+  constructor(url, { headers, onMessage, onState, onFault }) {
+    Object.assign(this, { url, headers, onMessage, onState, onFault });
     this.state = "connecting";
     this.heard = 0;
     this.tries = 0;
@@ -34,14 +36,22 @@ export class Stream {
   become(state, detail) {
     const changed = state !== this.state;
     this.state = state;
-    this.onState(state, detail, changed);
+    this.tell(this.onState, state, detail, changed);
+  }
+
+  tell(listener, ...said) {
+    try {
+      listener(...said);
+    } catch (error) {
+      this.onFault(error);
+    }
   }
 
   tick() {
     const quiet = performance.now() - this.heard;
     if (this.state === "live" && quiet > STALE_MS) this.become("stale");
     else if (this.state === "stale" && quiet > SILENT_MS && this.abort) this.abort.abort();
-    else this.onState(this.state, undefined, false);
+    else this.tell(this.onState, this.state, undefined, false);
   }
 
   async connect() {
@@ -56,7 +66,7 @@ export class Stream {
       }
       if (!answer.ok) throw new Error(`status ${answer.status}`);
       await this.read(answer.body.getReader(), silence);
-    } catch (_error) { /* the network's reasons; what matters is that it is lost */ }
+    } catch (_error) { /* the network's reasons, or words that are none; what matters is that it is lost */ }
     clearTimeout(silence);
     if (this.stopped || this.abort !== abort) return;
     const wait = WAITS_MS[Math.min(this.tries, WAITS_MS.length - 1)];
@@ -91,7 +101,7 @@ export class Stream {
     this.tries = 0;
     if (data.length) {
       if (this.state !== "live") this.become("live");
-      this.onMessage(name, JSON.parse(data.join("\n")));
+      this.tell(this.onMessage, name, JSON.parse(data.join("\n")));
     }
   }
 }
