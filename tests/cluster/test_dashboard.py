@@ -51,10 +51,14 @@ class City:
         self.members = [MemberView(member=Member(id=w["id"], kind="model", address="a:1")) for w in self.told["workers"]]
         self.acted: list[str] = []
         self.mute = False
+        self.looks = 0
+        self.before_look: Callable[[], None] = lambda: None
 
     async def status(self) -> dict[str, Any]:
         if self.mute:
             raise RuntimeError("planted: the members cannot be asked")
+        self.looks += 1
+        self.before_look()
         return copy.deepcopy(self.told)
 
     async def act(self, _address: str, request: ops_pb2.OpsRequest, *, timeout_s: float) -> ops_pb2.OpsReply:
@@ -325,10 +329,15 @@ def test_before_anything_happened_every_part_says_so(make_server, open_page) -> 
     assert page.faults == []
 
 
-def test_two_hundred_members_fit_and_an_update_touches_only_what_changed(town, city, open_page, record_property) -> None:
-    workers = [worker(n, kind="model" if n < 150 else "lender") for n in range(200)]
-    city.told["workers"] = workers
+@pytest.fixture
+def crowd(city) -> list[dict[str, Any]]:
+    """The city with 200 members and 120 loans: its workers, to be changed."""
+    city.told["workers"] = [worker(n, kind="model" if n < 150 else "lender") for n in range(200)]
     city.told["loans"] = [loan(f"lender-{150 + n % 50}", f"worker-{n}", n) for n in range(120)]
+    return city.told["workers"]
+
+
+def test_two_hundred_members_fit_and_an_update_touches_only_what_changed(town, crowd, open_page) -> None:
     page = open_page(town().address)
     live(page)
     assert page.locator(".vault-cell").count() == 200
@@ -341,39 +350,64 @@ def test_two_hundred_members_fit_and_an_update_touches_only_what_changed(town, c
             { attributes: true, childList: true, characterData: true, subtree: true });
     }""")
     for n in (3, 60, 199):
-        workers[n]["blocks_used"] += 40
-        workers[n]["blocks_free"] -= 40
+        crowd[n]["blocks_used"] += 40
+        crowd[n]["blocks_free"] -= 40
     page.wait_for_function("() => window.touched.size > 0")
     assert page.evaluate("window.touched.size") == 3
+    page.goto(page.url.split("#")[0] + "#/members")
+    page.wait_for_function("() => document.querySelectorAll('tbody tr').length === 200")
+    assert page.faults == []
 
-    took = {"some changed": page.evaluate("kvbank.renders.slice(1)")}
-    page.evaluate("kvbank.renders.length = 0")
+
+def test_the_bars_of_two_hundred_members_stand_in_their_cells(town, crowd, open_page) -> None:
+    in_place = """(members) => {
+        const places = [...document.querySelectorAll(".vault-place")];
+        const drawn = (part, place, at) => document.querySelector(`.vault-bars .${part}`)
+            .isPointInFill(new DOMPoint(place.offsetLeft + at * place.offsetWidth, place.offsetTop + 4));
+        return places.length === members && places.every((place) => drawn("used", place, 0.1) && !drawn("used", place, 0.5)
+            && drawn("lent", place, 0.5) && drawn("idle", place, 0.7) && drawn("blank", place, 0.9));
+    }"""
+    page = open_page(town().address)
+    live(page)
+    assert page.evaluate(in_place, 200)
+    page.set_viewport_size({"width": 700, "height": 900})
+    page.wait_for_function(in_place, arg=200)
+    del crowd[20:40]
+    page.wait_for_function(in_place, arg=180)
+    assert page.faults == []
+
+
+def test_what_an_update_of_two_hundred_members_costs_the_browser(town, city, crowd, open_page, until, record_property) -> None:
+    def all_change() -> None:
+        for one in crowd:
+            one["blocks_used"], one["blocks_free"] = one["blocks_used"] + 1, one["blocks_free"] - 1
+
+    city.before_look = all_change
+    page = open_page(town().address)
+    live(page)
+    page.evaluate("""() => {
+        const { series } = kvbank.cluster;
+        const last = series[series.length - 1];
+        series.unshift(...Array.from({ length: 299 }, (_, i) => ({ ...last, at: last.at - 299 + i, used: last.used - i % 50 })));
+    }""")
     chrome = page.context.new_cdp_session(page)
     chrome.send("Performance.enable")
 
     def spent() -> dict[str, float]:
         return {one["name"]: one["value"] for one in chrome.send("Performance.getMetrics")["metrics"]}
 
-    before, updates = spent(), 0
-    while updates < 5:                               # the worst case: all of them, each time
-        seen = page.evaluate("kvbank.cluster.at")
-        for one in workers:
-            one["blocks_used"], one["blocks_free"] = one["blocks_used"] + 1, one["blocks_free"] - 1
-        page.wait_for_function("(seen) => kvbank.cluster.at > seen", arg=seen)
-        updates += 1
-    after = spent()
-    took["all changed"] = page.evaluate("kvbank.renders")
-    told: dict[str, Any] = {
-        name: {"updates": len(ms), "median_ms": round(sorted(ms)[len(ms) // 2], 2), "max_ms": round(max(ms), 2)}
-        for name, ms in took.items() if ms}
+    until(lambda: page.evaluate("kvbank.renders.length") > 2)
+    page.evaluate("kvbank.renders.length = 0")
+    before, seen = spent(), city.looks
+    until(lambda: city.looks >= seen + 8)            # nobody asks the page meanwhile: that would be its main thread's time, too
+    after, renders = spent(), sorted(page.evaluate("kvbank.renders"))
+    assert len(renders) >= 6 and page.faults == []
+    told: dict[str, Any] = {"updates": len(renders), "render_median_ms": renders[len(renders) // 2], "render_max_ms": renders[-1]}
     for name in ("ScriptDuration", "RecalcStyleDuration", "LayoutDuration", "TaskDuration"):     # TaskDuration: everything
-        told[f"{name}_ms_per_update"] = round(1000 * (after[name] - before[name]) / updates, 1)
+        told[f"{name}_ms_per_update"] = round(1000 * (after[name] - before[name]) / len(renders), 1)
     told["first_paint_ms"] = round(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
     print("\n200 members:", json.dumps(told))
     record_property("dashboard_200", told)
-    assert len(took["all changed"]) >= 4 and page.faults == []
-    page.goto(page.url.split("#")[0] + "#/members")
-    page.wait_for_function("() => document.querySelectorAll('tbody tr').length === 200")
 
 
 def test_it_is_usable_on_a_phone_and_by_keyboard(town, open_page) -> None:

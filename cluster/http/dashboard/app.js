@@ -20,6 +20,7 @@ const renders = [];                     // milliseconds of main thread that each
 let stream = null;
 let view = null;
 let csrf = "";
+let due = 0;                            // the frame that will draw
 let fault = "";                         // what went wrong in this page itself, until a drawing went well
 
 // -- asking the gateway ------------------------------------------------------------------------------------------------
@@ -81,6 +82,11 @@ function show(moveFocus) {
   if (moveFocus) { main.focus(); window.scrollTo(0, 0); }
 }
 
+// Once a frame, however much came since the last one.
+function renderSoon() {
+  due ||= requestAnimationFrame(() => { due = 0; render(); });
+}
+
 function render() {
   if (!view || document.hidden) return;
   const began = performance.now();
@@ -111,7 +117,7 @@ function onMessage(name, message) {
   cluster.apply(name, message);
   say(document.getElementById("model"), cluster.facts.model || "");
   if (name === "snapshot" && !view) show(false);
-  else render();
+  else renderSoon();
   const grave = cluster.news.filter((event) => event.level === "bad");
   if (grave.length) say(polite, grave.map((event) => event.text).join(". "));
 }

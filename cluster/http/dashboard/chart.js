@@ -20,7 +20,8 @@ export class Chart {
     this.grid = svg("g", { class: "grid" });
     this.paths = series.map((s) => svg("path", { class: `${stacked ? "area" : "line"} ${s.class}` }));
     this.cursor = svg("line", { class: "cursor", y1: TOP, y2: H - BOTTOM, visibility: "hidden" });
-    this.svg = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": title }, this.grid, this.paths, this.cursor);
+    const drawn = stacked ? [...this.paths].reverse() : this.paths;          // each area goes down to the axis: lower ones on top
+    this.svg = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": title }, this.grid, drawn, this.cursor);
     this.values = series.map(() => el("b"));
     this.when = el("span", { class: "when" });
     const keys = series.map((s, i) => el("li", {}, el("i", { class: `key ${s.class}` }), `${s.name} `, this.values[i]));
@@ -54,8 +55,10 @@ export class Chart {
       set(label, "y", y(value) + 3.5);
       say(label, this.axis(value));
     });
-    const below = new Map();
-    this.series.forEach((s, i) => set(this.paths[i], "d", this.stacked ? this.area(s.key, x, y, below) : this.line(s.key, x, y)));
+    const places = this.points.map((point) => x(point.at).toFixed(1));
+    const keys = this.series.map((s) => s.key);
+    const told = (i) => (this.stacked ? (point) => keys.slice(0, i + 1).reduce((sum, key) => sum + (point[key] || 0), 0) : (point) => point[keys[i]]);
+    this.paths.forEach((path, i) => set(path, "d", this.line(told(i), places, y)));
     this.read();
   }
 
@@ -71,30 +74,19 @@ export class Chart {
     return [1, 1.2, 1.6, 2, 2.4, 3, 4, 5, 6, 8, 10].map((step) => step * unit).find((step) => step >= top * 0.999);
   }
 
-  line(key, x, y) {
-    let d = "";
-    let last = -Infinity;
-    for (const point of this.points) {
-      if (point[key] === null || point[key] === undefined) { last = -Infinity; continue; }
-      d += `${point.at - last > GAP_S ? "M" : "L"}${x(point.at).toFixed(1)} ${y(point[key]).toFixed(1)}`;
-      last = point.at;
-    }
-    return d;
-  }
-
-  area(key, x, y, below) {
+  // The line through what `told` says of each point, closed along the axis when it is an area.
+  line(told, places, y) {
     const runs = [];
     let last = -Infinity;
-    for (const point of this.points) {
+    this.points.forEach((point, i) => {
+      const value = told(point);
+      if (value === null || value === undefined) { last = -Infinity; return; }
       if (point.at - last > GAP_S) runs.push([]);
       last = point.at;
-      const low = below.get(point) || 0;
-      const high = low + (point[key] || 0);
-      below.set(point, high);
-      runs[runs.length - 1].push([x(point.at), y(low), y(high)]);
-    }
-    return runs.map((run) => `M${run.map(([px, , high]) => `${px.toFixed(1)} ${high.toFixed(1)}`).join("L")}`
-      + `L${run.reverse().map(([px, low]) => `${px.toFixed(1)} ${low.toFixed(1)}`).join("L")}Z`).join("");
+      runs[runs.length - 1].push(`${places[i]} ${y(value).toFixed(1)}`);
+    });
+    const close = (run) => (this.stacked ? `V${H - BOTTOM}H${run[0].split(" ")[0]}Z` : "");
+    return runs.map((run) => `M${run.join("L")}${close(run)}`).join("");
   }
 
   point(event) {

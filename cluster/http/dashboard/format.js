@@ -3,7 +3,11 @@
 const WHOLE = new Intl.NumberFormat("en");
 export const NONE = "–";
 
-export const count = (value) => (value === null || value === undefined ? NONE : WHOLE.format(Math.round(value)));
+export function count(value) {
+  if (value === null || value === undefined) return NONE;
+  const whole = Math.round(value);
+  return Math.abs(whole) < 1000 ? String(whole) : WHOLE.format(whole);           // what formats thousands takes ten times as long
+}
 
 export function bytes(value) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];

@@ -8,7 +8,8 @@ import { NONE, bytes, count, plural, seconds, share, span } from "./format.js";
 import { isOver } from "./cluster.js";
 import { BRIEF, jobTable } from "./jobs.js";
 import { Shares, reasonAbout, sourceAbout } from "./shares.js";
-import { VaultMap, legend } from "./vault.js";
+import { legend } from "./vault.js";
+import { VaultMap } from "./vault_map.js";
 
 class Figure {
   constructor(name) {
