@@ -57,7 +57,8 @@ export class Chart {
     });
     const places = this.points.map((point) => x(point.at).toFixed(1));
     const keys = this.series.map((s) => s.key);
-    const told = (i) => (this.stacked ? (point) => keys.slice(0, i + 1).reduce((sum, key) => sum + (point[key] || 0), 0) : (point) => point[keys[i]]);
+    const told = (i) => (this.stacked ? (point) => keys.slice(0, i + 1).reduce((sum, key) => sum + (point[key] || 0), 0)
+      : (point) => point[keys[i]]);
     this.paths.forEach((path, i) => set(path, "d", this.line(told(i), places, y)));
     this.read();
   }

@@ -58,7 +58,8 @@ class Cells {
   constructor() {
     this.list = el("ul", { class: "vault-cells" });
     this.paths = PARTS.map((part) => svg("path", { class: part }));
-    this.node = el("div", { class: "vault-field" }, this.list, svg("svg", { class: "vault-bars", "aria-hidden": "true" }, this.paths));
+    const bars = svg("svg", { class: "vault-bars", "aria-hidden": "true" }, this.paths);
+    this.node = el("div", { class: "vault-field" }, this.list, bars);
     this.names = "";
     new ResizeObserver(() => { this.find(); this.draw(); }).observe(this.list);
   }
@@ -130,7 +131,8 @@ function bar(worker, { x, y, width }) {
     if (size <= 0) return "";
     const left = from === 0 ? Math.min(ROUND, size) : 0;
     const right = end === width ? Math.min(ROUND, size - left) : 0;
-    return `M${x + from + left} ${y}H${x + end - right}q${right} 0 ${right} ${right}v${HIGH - 2 * right}q0 ${right} ${-right} ${right}`
+    return `M${x + from + left} ${y}H${x + end - right}`
+      + `q${right} 0 ${right} ${right}v${HIGH - 2 * right}q0 ${right} ${-right} ${right}`
       + `H${x + from + left}q${-left} 0 ${-left} ${-left}v${2 * left - HIGH}q0 ${-left} ${left} ${-left}z`;
   }
 }
