@@ -18,12 +18,14 @@ import numpy as np
 
 from kvbank.cluster.job import Job, Logprob
 from kvbank.cluster.submit_line import Lane, LineLost
-from kvbank.errors import Cancelled, DeadlineExceeded, KVBankError, Unavailable, from_code
+from kvbank.errors import Cancelled, DeadlineExceeded, KVBankError, TooLong, Unavailable, from_code
+from kvbank.kvstore.transport.rpc import MAX_MESSAGE_BYTES
 from kvbank.proto import jobs_pb2
 
 log = logging.getLogger(__name__)
 
-KEYS_AND_PROMPT_BYTES = 3 << 20      # of a message of at most 4 MiB; above it the worker hashes for itself
+MESSAGE_BYTES = MAX_MESSAGE_BYTES - 1024
+KEYS_AND_IDS_BYTES = 3 << 20         # of a message of at most 4 MiB; above it the worker hashes for itself
 # Codes a worker may answer that say something about it and not about the job: another worker may do better.
 _ELSEWHERE = frozenset({"unavailable", "overloaded", "internal", "model_error", "config_error"})
 _WORDED_FOR_US = frozenset({"internal", "model_error", "config_error"})      # may name paths: not for the caller
@@ -75,7 +77,10 @@ class Attempt:
 
     async def _exchange(self, silence: asyncio.Timeout) -> Lost | None:
         job, loop = self._job, asyncio.get_running_loop()
-        self._lane.write(jobs_pb2.SubmitRequest(job=self._message()))
+        message = self._message()
+        if message.ByteSize() > MESSAGE_BYTES:       # it would end the stream, and everybody's lane with it
+            raise TooLong("the prompt and its output so far are more than one message to a worker can hold")
+        self._lane.write(jobs_pb2.SubmitRequest(job=message))
         job.attempt_running = self
         if job.ending:                               # since a worker was chosen
             self.cancel(job.ending)
@@ -102,17 +107,17 @@ class Attempt:
 
     def _message(self) -> jobs_pb2.Job:
         job, spec = self._job, self._job.spec
-        left_ms = 0
+        left_ms, emitted = 0, np.asarray(job.ids, dtype="<i4").tobytes()
         if spec.deadline_s is not None:
             left_ms = max(1, int(1000 * (job.started_at + spec.deadline_s - self._clock())))
         return jobs_pb2.Job(
             id=job.wire_id, attempt=job.attempt, tenant=spec.tenant, prompt=spec.prompt,
-            emitted=np.asarray(job.ids, dtype="<i4").tobytes(), max_tokens=spec.max_tokens,
+            emitted=emitted, max_tokens=spec.max_tokens,
             sampling=jobs_pb2.Sampling(
                 temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k, seed=job.seed
             ),
             stop_token_ids=spec.stop_token_ids, ignore_eos=spec.ignore_eos, deadline_ms=left_ms,
-            keys=job.keys if len(job.keys) + len(spec.prompt) <= KEYS_AND_PROMPT_BYTES else b"",
+            keys=job.keys if len(job.keys) + len(spec.prompt) + len(emitted) <= KEYS_AND_IDS_BYTES else b"",
             age=job.age, policy=spec.policy, cache_salt=spec.cache_salt, logprobs=spec.logprobs, trace=self._trace,
         )
 
@@ -177,7 +182,9 @@ class Attempt:
             return None
         if self._job.ending:
             raise ending_error(self._job)
-        return Lost(reason, accepted=self._accepted or self._lane.someone_there)
+        if not self._accepted and self._lane.someone_there:      # it may have died of this job, before its first word
+            self._accepted, self._job.accepted = True, self._job.accepted + 1
+        return Lost(reason, accepted=self._accepted)
 
 
 def _logprobs(tokens: jobs_pb2.Tokens, count: int) -> list[Logprob | None]:

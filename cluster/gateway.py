@@ -17,7 +17,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -34,6 +34,8 @@ from kvbank.errors import InvalidRequest, KVBankError, NotFound, Overloaded, Una
 from kvbank.proto import jobs_pb2
 
 log = logging.getLogger(__name__)
+
+PINNABLE = 256                       # jobs that are over and whose prompts can still be pinned: 250 KB each at a million tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayLimits:
@@ -109,6 +111,7 @@ class Gateway:
         self._jobs: OrderedDict[tuple[str, str], Job] = OrderedDict()     # (tenant, id); live ones and retained ones
         self._over: OrderedDict[tuple[str, str], float] = OrderedDict()   # retained ones by when they ended
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pinnable: deque[Job] = deque()         # the last ones that are over
         self._lanes: dict[str, int] = {}             # address -> attempts there
         self._pending: dict[str, int] = {}           # worker id -> prompt tokens sent there without a first token yet
         self._suspects: dict[tuple[str, bytes], float] = {}
@@ -272,6 +275,9 @@ class Gateway:
         job.end(self._clock(), error=error)
         self._quotas.release(job.spec.tenant)
         self._over[(job.spec.tenant, job.id)] = job.ended_at
+        self._pinnable.append(job)
+        if len(self._pinnable) > PINNABLE:
+            self._pinnable.popleft().span_keys = SpanKeys()
         self._finish_receipt(job)
         self.meters.ended(job)
         for observer in self.observers:

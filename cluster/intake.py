@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvbank.cluster.fields import Fields, check_text, shown
-from kvbank.cluster.prompts import Encode, PromptSegment, Rendered, chat_messages, read_prompt, token_bytes
+from kvbank.cluster.prompts import WIRE_TOKENS, Encode, PromptSegment, Rendered, chat_messages, read_prompt, token_bytes
 from kvbank.errors import InvalidRequest, Overloaded, TooLong
 from kvbank.kvstore.hashing import key_space
 
@@ -214,6 +214,9 @@ class Intake:
                 f"the prompt has {prompt} tokens and max_tokens is {output}: {total} together, the model reads "
                 f"{limit}; shorten the prompt or ask for at most {max(0, limit - prompt)} tokens"
             )
+        if total > WIRE_TOKENS:
+            raise TooLong(f"the prompt has {prompt} tokens and max_tokens is {output}: {total} together, a job has at most "
+                          f"{WIRE_TOKENS}; shorten the prompt, or ask for fewer")
         if self._max_job_tokens is not None and total > self._max_job_tokens:
             raise TooLong(
                 f"the prompt has {prompt} tokens and max_tokens is {output}: {total} together, this server takes "

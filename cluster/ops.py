@@ -75,8 +75,8 @@ class Ops:
             raise InvalidRequest("no worker has had this job yet")
         keys = job.span_keys
         if not keys.ends and not keys.tail:
-            raise InvalidRequest("the gateway has no block keys of this prompt: it is shorter than a block, or its worker "
-                                 "makes them alone")
+            raise InvalidRequest("the gateway has no block keys of this prompt: it is shorter than a block, its worker "
+                                 "makes them alone, or many jobs have ended since")
         reply = await self._ask(job.worker, ops_pb2.OpsRequest(pin=ops_pb2.Pin(ends=keys.ends, tail=keys.tail, term_s=term_s)))
         if not term_s:
             return f"{reply.blocks} blocks unpinned"

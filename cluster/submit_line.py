@@ -37,10 +37,14 @@ class Lane:
 
     def __init__(self, line: SubmitLine, number: int) -> None:
         self._line, self._number = line, number
-        self.someone_there = line.heard              # the worker had answered on this stream before
         self._replies: deque[pb.SubmitReply] = deque()
         self._news = asyncio.Event()
         self._lost = ""
+
+    @property
+    def someone_there(self) -> bool:
+        """The worker has answered on this stream."""
+        return self._line.heard
 
     def write(self, request: pb.SubmitRequest) -> None:
         """Send it; that it could not be sent is heard by `read`."""

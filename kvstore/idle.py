@@ -76,6 +76,8 @@ class IdleSpans(MutableMapping[int, Span]):
         """The span has no slot here any more, and no pin."""
         for book in (self._spans, self._first, self._pins):
             book.pop(uid, None)
+        if not self._pins:
+            self._first.clear()
 
     def hand_on(self, old: int, new: int) -> None:
         """The slot of the old span is the new one's, and so is its pin."""

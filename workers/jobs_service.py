@@ -63,6 +63,7 @@ class JobsService:
         if not context.add_callback(lambda: self._hang_up(line)):
             return                                   # the caller has gone already
         try:
+            yield pb.SubmitReplies()                 # somebody is at home: a job that is lost from here on is one that we had
             Thread(target=self._listen, args=(requests, line, context), daemon=True, name="submit-reader").start()
             yield from line.replies(self._forget)
         finally:
@@ -126,7 +127,10 @@ class JobsService:
             if not line.open(lane):
                 self._forget(lane)
                 raise InvalidRequest("this lane has a job already")
-        except KVBankError as error:
+        except Exception as unfit:                   # it is this job's trouble alone, whatever it is
+            if not isinstance(unfit, KVBankError):
+                log.exception("job_not_taken job=%s", job.id)
+            error = unfit if isinstance(unfit, KVBankError) else KVBankError("the worker met an internal error")
             if trace is not None:
                 self._end_trace(job.age, trace, outcome=error.code)
             line.say(request.lane, failed=failed(error, pb.Receipt()))
@@ -212,13 +216,13 @@ def job_spec(job: pb.Job, name: str, vocab_size: int) -> JobSpec:
         raise InvalidRequest(f"{len(job.keys)} bytes of block keys are not a whole number of 32-byte keys")
     if "\0" in job.tenant:
         raise InvalidRequest("a tenant has no NUL in its name")
-    s = job.sampling
+    s, keys = job.sampling, job.keys                 # each look at a field of bytes copies it
     return JobSpec(
         id=name, prompt=prompt, emitted=emitted, max_tokens=job.max_tokens,
         sampling=SamplingParams(temperature=s.temperature, top_p=s.top_p or 1.0, top_k=s.top_k, seed=s.seed),
         stop_token_ids=frozenset(job.stop_token_ids), ignore_eos=job.ignore_eos, tenant=job.tenant or "default",
         deadline_s=job.deadline_ms / 1e3 if job.deadline_ms else None, age=job.age,
-        keys=tuple(BlockKey(job.keys[i : i + 32]) for i in range(0, len(job.keys), 32)),
+        keys=tuple(BlockKey(keys[i : i + 32]) for i in range(0, len(keys), 32)),
         cache_salt=job.cache_salt, logprobs=min(job.logprobs, MAX_LOGPROBS) if job.HasField("logprobs") else None,
     )
 

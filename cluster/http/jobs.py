@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from kvbank.cluster.job import Job
 from kvbank.errors import InvalidRequest
 
 MAX_WAIT_S = 60.0
+_INDEX = re.compile("[0-9]{1,10}")
 
 
 def routes(front: Front) -> Routes:
@@ -55,8 +57,8 @@ def routes(front: Front) -> Routes:
     @made.get("/{job_id}/stream")
     async def stream(request: Request) -> Response:
         job = job_of(request)
-        last = request.headers.get("last-event-id", "0")
-        first = int(query_number(request, "from", float(last) if last.isdigit() else 0.0, 2**31))
+        last = request.headers.get("last-event-id", "")
+        first = int(query_number(request, "from", float(last) if _INDEX.fullmatch(last) else 0.0, 2**31))
         if first > len(job.ids):
             raise InvalidRequest(f"the job has {len(job.ids)} tokens so far, there is no token {first}")
         return EventStream(_events(job, first, front.limits.quiet_s))

@@ -60,6 +60,7 @@ class FakeWorker:
         self.refusal: tuple[str, str] | None = None          # answered before the job is taken up
         self.die_at: int | None = None                       # abort the stream before this token index,
         self.die_once = True                                 # once or always
+        self.die_unheard = 0                                 # so many more jobs end its process before their first word
         self.hang_at: int | None = None                      # say nothing more from this token index on
         self.repeat = False                                  # send each token again, with the one before
         self.bias, self.mute = 0.0, False                    # added to its log-probabilities; none told though asked
@@ -127,6 +128,7 @@ class FakeWorker:
 
         self.streams += 1
         context.add_callback(left)
+        yield pb.SubmitReplies()
         threading.Thread(target=listen, daemon=True).start()
         while (reply := said.get()) is not None:
             replies = [reply]
@@ -138,6 +140,9 @@ class FakeWorker:
         context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
 
     def _answers(self, job: pb.Job, cancelled: threading.Event) -> Iterator[pb.SubmitReply]:
+        if self.die_unheard:
+            self.die_unheard -= 1
+            raise Dies
         if self.refusal is not None:
             yield pb.SubmitReply(failed=pb.Failed(code=self.refusal[0], message=self.refusal[1]))
             return

@@ -103,6 +103,23 @@ def test_a_job_that_kills_every_worker_it_meets_is_given_up(make_worker, make_se
     assert job["error"]["code"] == "unavailable" and job["receipt"]["attempts"] == 2
 
 
+def test_a_job_that_kills_workers_before_their_first_word_is_given_up_too(make_worker, make_server) -> None:
+    """They start again and say that they are there; the job is what they die of."""
+    workers = [make_worker(f"worker-{n}") for n in range(2)]
+    for worker in workers:
+        worker.die_unheard = 1000
+    job = run(make_server(*workers, limits={"fruitless": 3, "no_worker_s": 30.0}).address)
+    assert job["error"]["code"] == "unavailable" and "in a row" in job["error"]["message"]
+    assert job["receipt"]["attempts"] == 3 == sum(len(worker.seen) for worker in workers)
+
+
+def test_a_worker_that_died_before_its_first_word_counts_as_an_attempt(make_worker, make_server, answer_of) -> None:
+    first, second = make_worker("worker-0"), make_worker("worker-1")
+    first.die_unheard = 1
+    job = run(make_server(first, second).address)
+    assert job["result"]["token_ids"] == answer_of(PROMPT, len(job["result"]["token_ids"])) and job["receipt"]["attempts"] == 2
+
+
 @pytest.mark.parametrize("code", ["unavailable", "overloaded", "internal"])
 def test_a_refusal_that_is_about_the_worker_sends_the_job_elsewhere(make_worker, make_server, answer_of, code) -> None:
     first, second = make_worker("worker-0"), make_worker("worker-1")

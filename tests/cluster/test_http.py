@@ -445,6 +445,9 @@ def test_a_stream_from_nowhere_is_refused(make_worker, make_server, query) -> No
     assert httpx.get(f"{address}/v1/jobs/{job['id']}/stream?{query}").status_code == 400
     lines = httpx.get(f"{address}/v1/jobs/{job['id']}/stream?from=1").text.splitlines()
     assert events(lines)[0]["index"] == 1 and len(events(lines)[0]["token_ids"]) == 1
+    for odd in ("²", "9" * 400, "-1", "x"):
+        headers = {b"Last-Event-ID": odd.encode()}
+        assert httpx.get(f"{address}/v1/jobs/{job['id']}/stream", headers=headers).status_code in (200, 400), odd
     resumed = httpx.get(f"{address}/v1/jobs/{job['id']}/stream", headers={"Last-Event-ID": "1"}).text
     assert resumed.splitlines() == lines
 

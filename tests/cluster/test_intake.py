@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from kvbank.cluster.fields import parse_json
 from kvbank.cluster.intake import SPEC_FIELDS, Intake, JobSpec, ModelFacts
+from kvbank.cluster.prompts import WIRE_TOKENS
 from kvbank.errors import InvalidRequest, TooLong
 
 INTAKE = Intake(ModelFacts(name="fake", vocab_size=300, max_position=1000), lambda text, start: list(text.encode()))
@@ -86,3 +87,12 @@ def test_only_the_first_segment_begins_a_prompt() -> None:
     intake = Intake(INTAKE.facts, lambda text, start: seen.append(start) or [1])
     asyncio.run(intake.spec({"prompt": [{"text": "a"}, {"text": "b"}]}, tenant="t"))
     assert seen == [True, False]
+
+
+def test_segments_that_are_too_long_together_for_one_message_are_refused() -> None:
+    """One message over the limit would end the stream that all jobs of a worker share."""
+    wide = Intake(ModelFacts(name="fake", vocab_size=300, max_position=1 << 22), lambda text, start: [])
+    half = {"token_ids": [1] * (WIRE_TOKENS // 2)}
+    with pytest.raises(TooLong, match=f"at most {WIRE_TOKENS}"):
+        asyncio.run(wide.spec({"prompt": [half, half], "max_tokens": 1}, tenant="t"))
+    assert asyncio.run(wide.spec({"prompt": [half], "max_tokens": 1}, tenant="t")).prompt_tokens == WIRE_TOKENS // 2

@@ -148,6 +148,20 @@ def test_a_pin_follows_what_a_peer_reads_in_place_and_ends_with_what_leaves() ->
     assert vault.drop_idle() == 1 and vault.num_pinned == 0, "whoever clears the cache means all of it"
 
 
+def test_when_the_last_pin_went_with_its_slot_tenants_shares_count_as_before() -> None:
+    books = Books(8, guarantee=3)
+    within = books.cache(4, "a")
+    pinned = books.cache(2, "c")
+    books.pin(pinned, 86_400.0)
+    span = books.vault.index.find(pinned[0])
+    assert books.vault.hold(span)
+    books.vault.leave(span, "parked")                # its KV goes elsewhere: the slot is blank
+    flood = books.cache(12, "b")
+    books.gone.clear()
+    books.cache(2, "b")
+    assert books.gone and not set(books.gone) & set(within) and set(books.gone) <= set(flood)
+
+
 def test_a_tenants_share_orders_what_is_not_pinned() -> None:
     books = Books(8, guarantee=2)
     pinned, quiet = books.cache(8, "flood"), books.cache(4, "quiet")

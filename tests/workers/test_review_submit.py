@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kvbank.proto import jobs_pb2 as pb
+from kvbank.workers import jobs_service
 from kvbank.workers.jobs_service import JobsService
 
 
@@ -231,3 +232,24 @@ def test_a_cancel_while_control_is_asked_is_not_forgotten(alone, prompt, until) 
         go_on.set()
         assert gateway.hear_to_the_end()[-1].failed.code == "cancelled"
         until(lambda: at_rest(engine, jobs))
+
+
+def test_the_first_message_says_that_somebody_is_there(alone) -> None:
+    call = Call()
+    replies = service(alone()).submit(iter(()), call)
+    assert next(replies) == pb.SubmitReplies(), "before any job is heard: what is lost from here on was had"
+    assert list(replies) == []
+
+
+def test_a_job_that_breaks_its_checks_is_its_own_trouble(alone, prompt, monkeypatch) -> None:
+    engine = alone()
+    jobs = service(engine)
+    real = jobs_service.job_spec
+    monkeypatch.setattr(jobs_service, "job_spec", lambda job, *more: real(job, *more) if len(job.prompt) < 400 else 1 // 0)
+    gateway = Gateway(jobs, Call())
+    gateway.say(request(prompt(120), 1), request(prompt(20), 2, max_tokens=3))
+    gateway.say_no_more()
+    with running(engine, jobs):
+        replies = gateway.hear_to_the_end()
+    assert [reply.failed.code for reply in replies if reply.lane == 1] == ["internal"]
+    assert kinds(replies, 2)[-1] == "done"
