@@ -99,6 +99,14 @@ class Host:
                     found.append(each)
         return found
 
+    def runs(self, name: str) -> bool:
+        """Whether a process of that name is inside; some end while they are looked at."""
+        for each in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if each.name() == name:
+                    return True
+        return False
+
 
 class Rack:
     """Builds `count` hosts and the place outside them; a context manager. `shared`: folders that all of them see."""

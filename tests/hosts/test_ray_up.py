@@ -250,7 +250,7 @@ class Place:
             assert answer["token_ids"] == right
         with self.part("the machine comes back"):
             # Ray's head waits half a minute, then starts the machine's Ray again over ssh; on a busy machine this takes long.
-            self._until(lambda: "raylet" in {p.name() for p in dead[0].processes()}, within_s=240)
+            self._until(lambda: dead[0].runs("raylet"), within_s=240)
             self._until(lambda: self._alive() == MEMBERS, within_s=120)
             self.say(f"members: { {w['id']: w['host'] for w in self.status()['workers']} }")
 
