@@ -123,7 +123,7 @@ class Ours:
 def main(argv: list[str] | None = None) -> int:
     report = Report("gateway", argv)
     torch.set_num_threads(1)
-    repeats, tokens, firsts = (3, 24, 20) if report.args.quick else (7, 96, 60)
+    repeats, tokens, firsts = (3, 24, 20) if report.args.quick else (25, 32, 60)
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temp:
         folder = write_model(Path(temp) / "model")
