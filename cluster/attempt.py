@@ -24,7 +24,7 @@ from kvbank.proto import jobs_pb2
 
 log = logging.getLogger(__name__)
 
-MESSAGE_BYTES = MAX_MESSAGE_BYTES - 1024
+MESSAGE_BYTES = MAX_MESSAGE_BYTES - 1024     # for a job, without its envelope
 KEYS_AND_IDS_BYTES = 3 << 20         # of a message of at most 4 MiB; above it the worker hashes for itself
 # Codes a worker may answer that say something about it and not about the job: another worker may do better.
 _ELSEWHERE = frozenset({"unavailable", "overloaded", "internal", "model_error", "config_error"})
@@ -79,7 +79,7 @@ class Attempt:
         job, loop = self._job, asyncio.get_running_loop()
         message = self._message()
         if message.ByteSize() > MESSAGE_BYTES:       # it would end the stream, and everybody's lane with it
-            raise TooLong("the prompt and its output so far are more than one message to a worker can hold")
+            raise TooLong("the prompt and its output so far are more than one message to a worker can hold: shorten the prompt")
         self._lane.write(jobs_pb2.SubmitRequest(job=message))
         job.attempt_running = self
         if job.ending:                               # since a worker was chosen

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 PINNABLE = 256                       # jobs that are over and whose prompts can still be pinned: 250 KB each at a million tokens
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayLimits:
     """Bounds of one gateway; every wait and every store has one."""

@@ -17,10 +17,10 @@ from threading import Thread
 import grpc
 
 from kvbank.errors import InvalidRequest, KVBankError, TooLong, Unavailable
-from kvbank.kvstore.layout import BlockKey
 from kvbank.kvstore.traces import Trace, Traces, context_of
 from kvbank.proto import jobs_pb2 as pb
 from kvbank.workers.engine import Engine, EngineEvent
+from kvbank.workers.held_keys import split_keys
 from kvbank.workers.jobs_line import Lane, Line, failed
 from kvbank.workers.sampler import MAX_LOGPROBS, SamplingParams
 from kvbank.workers.sequence import JobSpec, Tally
@@ -216,13 +216,13 @@ def job_spec(job: pb.Job, name: str, vocab_size: int) -> JobSpec:
         raise InvalidRequest(f"{len(job.keys)} bytes of block keys are not a whole number of 32-byte keys")
     if "\0" in job.tenant:
         raise InvalidRequest("a tenant has no NUL in its name")
-    s, keys = job.sampling, job.keys                 # each look at a field of bytes copies it
+    s = job.sampling
     return JobSpec(
         id=name, prompt=prompt, emitted=emitted, max_tokens=job.max_tokens,
         sampling=SamplingParams(temperature=s.temperature, top_p=s.top_p or 1.0, top_k=s.top_k, seed=s.seed),
         stop_token_ids=frozenset(job.stop_token_ids), ignore_eos=job.ignore_eos, tenant=job.tenant or "default",
         deadline_s=job.deadline_ms / 1e3 if job.deadline_ms else None, age=job.age,
-        keys=tuple(BlockKey(keys[i : i + 32]) for i in range(0, len(keys), 32)),
+        keys=tuple(split_keys(job.keys)),            # one look at the field: each copies it
         cache_salt=job.cache_salt, logprobs=min(job.logprobs, MAX_LOGPROBS) if job.HasField("logprobs") else None,
     )
 

@@ -70,8 +70,9 @@ def test_a_task_that_is_cancelled_while_it_waits_leaves_the_stream_whole(make_wo
     async def play() -> None:
         links = Links(TOKEN)
         lane, other = begin(links.submit(worker.address), 1, count=10_000), begin(links.submit(worker.address), 2)
+        assert (await lane.read()).WhichOneof("kind") == "accepted"
         waiting = asyncio.create_task(to_the_end(lane))
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0)                       # it begins to wait
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
