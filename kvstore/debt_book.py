@@ -209,6 +209,11 @@ class DebtBook:
         return {} if known is None else {loan.number: loan.state for loan in known.loans.values()}
 
     @property
+    def flips_waiting(self) -> bool:
+        """The next StepBoundary changes something. Safe to ask without the lock: one that comes a moment later can wait."""
+        return bool(self._flips)
+
+    @property
     def owes(self) -> bool:
         """Law 5: something is borrowed, or a Borrow is in flight."""
         return any(lender.loans for lender in self._lenders.values())
