@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from kvbank.cluster.job import Job, Logprob
-from kvbank.cluster.submit_line import Lane, LineLost
+from kvbank.cluster.submit_line import Lane
 from kvbank.errors import Cancelled, DeadlineExceeded, KVBankError, TooLong, Unavailable, from_code
 from kvbank.kvstore.transport.rpc import MAX_MESSAGE_BYTES
 from kvbank.proto import jobs_pb2
@@ -55,55 +55,76 @@ class Attempt:
         self._on_tokens, self._on_stop = on_tokens, on_stop
         self._trace = trace
         self._accepted = False
+        self._loop = asyncio.get_running_loop()
+        self._outcome: asyncio.Future[Lost | None] = self._loop.create_future()
+        self._heard_at = self._loop.time()
 
     async def run(self) -> Lost | None:
         """None: the job is settled. Raises the error that ends the job, also the one it was asked to end with."""
+        job, watch = self._job, asyncio.create_task(self._watch())
         try:
-            async with asyncio.timeout(self._silence_s) as silence:
-                return await self._exchange(silence)
-        except LineLost as line:
-            lost = line.reason
-        except TimeoutError:
-            lost = "silent"
+            message = self._message()
+            if message.ByteSize() > MESSAGE_BYTES:   # it would end the stream, and everybody's lane with it
+                raise TooLong("the prompt and its output so far are more than one message to a worker can hold: "
+                              "shorten the prompt")
+            self._lane.begin(message, self)
+            job.attempt_running = self
+            if job.ending:                           # since a worker was chosen
+                self.cancel(job.ending)
+            return await self._outcome
         finally:
-            self._job.attempt_running = None
+            watch.cancel()
+            job.attempt_running = None
             self._lane.leave()
-        return self._over(lost)
+
+    async def _watch(self) -> None:
+        """A look now and then: a timer that each reply sets anew costs more than what it guards."""
+        while (left := self._heard_at + self._silence_s - self._loop.time()) > 0:
+            await asyncio.sleep(left)
+        self.lane_lost("silent")
 
     def cancel(self, reason: str) -> None:
         """Tell the worker, and stop waiting for its receipt after the grace period."""
         self._lane.write(jobs_pb2.SubmitRequest(cancel=jobs_pb2.Cancel(reason=reason)))
-        asyncio.get_running_loop().call_later(self._grace_s, self._lane.leave)
+        self._loop.call_later(self._grace_s, self._lane.leave)
 
-    async def _exchange(self, silence: asyncio.Timeout) -> Lost | None:
-        job, loop = self._job, asyncio.get_running_loop()
-        message = self._message()
-        if message.ByteSize() > MESSAGE_BYTES:       # it would end the stream, and everybody's lane with it
-            raise TooLong("the prompt and its output so far are more than one message to a worker can hold: shorten the prompt")
-        self._lane.write(jobs_pb2.SubmitRequest(job=message))
-        job.attempt_running = self
-        if job.ending:                               # since a worker was chosen
-            self.cancel(job.ending)
-        while True:
-            reply = await self._lane.read()
-            silence.reschedule(loop.time() + self._silence_s)
-            kind = reply.WhichOneof("kind")
-            if not self._accepted:
-                self._accepted = True
-                if kind != "failed":                 # a refusal took nothing up
-                    job.accepted += 1
-                    job.enter("accepted", self._clock())
-            if kind == "tokens" and not self._take(reply.tokens):
-                return Lost("token_gap")
-            if kind == "progress":
-                self._note(reply.progress)
-            elif kind == "done":
-                self._done(reply.done)
-                return None
-            elif kind == "failed":
-                return self._failed(reply.failed)
-            elif kind == "lost":
-                return self._over("unavailable")
+    def hear(self, reply: jobs_pb2.SubmitReply) -> None:
+        """Of the lane. Whatever goes wrong here ends this job and no other."""
+        if self._outcome.done():
+            return
+        self._heard_at = self._loop.time()
+        try:
+            self._heard(reply)
+        except Exception as error:
+            self._outcome.set_exception(error)
+
+    def lane_lost(self, reason: str) -> None:
+        """Of the lane."""
+        if self._outcome.done():
+            return
+        try:
+            self._outcome.set_result(self._over(reason))
+        except KVBankError as error:
+            self._outcome.set_exception(error)
+
+    def _heard(self, reply: jobs_pb2.SubmitReply) -> None:
+        job, kind = self._job, reply.WhichOneof("kind")
+        if not self._accepted:
+            self._accepted = True
+            if kind != "failed":                     # a refusal took nothing up
+                job.accepted += 1
+                job.enter("accepted", self._clock())
+        if kind == "tokens" and not self._take(reply.tokens):
+            self._outcome.set_result(Lost("token_gap"))
+        elif kind == "progress":
+            self._note(reply.progress)
+        elif kind == "done":
+            self._done(reply.done)
+            self._outcome.set_result(None)
+        elif kind == "failed":
+            self._outcome.set_result(self._failed(reply.failed))
+        elif kind == "lost":
+            self._outcome.set_result(self._over("unavailable"))
 
     def _message(self) -> jobs_pb2.Job:
         job, spec = self._job, self._job.spec

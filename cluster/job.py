@@ -1,14 +1,13 @@
 """Job: one job as the gateway knows it, from admission to the end of its retention.
 
 Holds the prompt while it may have to be sent again, every token and its text for streams that come late or twice, and
-the outcome. Changed only on the gateway's event loop; readers follow it with their own cursor: none can slow another.
+the outcome. Changed only on the gateway's event loop; readers follow it with a cursor of their own (follow.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -63,15 +62,6 @@ class SpanKeys:
         return cls(each[blocks_per_span - 1 : whole : blocks_per_span].tobytes(), each[whole:].tobytes())
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of a job's output: ids `index ..` and the text that they released."""
-
-    index: int
-    token_ids: list[int]
-    text: str
-
-
 @dataclass(slots=True)
 class Progress:
     """How far the current attempt says it is."""
@@ -118,7 +108,7 @@ class Job:
     deadline: asyncio.TimerHandle | None = None
     readers: int = 0                 # completions that wait for it; the last one to leave cancels it
     wake: asyncio.Event = field(default_factory=asyncio.Event)       # set when `ending` is
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    watchers: set[asyncio.Event] = field(default_factory=set)        # set whenever something changes: follow.py
 
     @property
     def over(self) -> bool:
@@ -162,37 +152,19 @@ class Job:
 
     def announce(self) -> None:
         """Wake all who follow this job."""
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        for watcher in self.watchers:
+            watcher.set()
 
     async def settled(self) -> None:
         """Return once the job is over."""
-        while not self.over:
-            await self._changed.wait()
-
-    async def follow(self, first: int = 0, *, quiet_s: float = 5.0) -> AsyncIterator[Piece | None]:
-        """Output from token index `first` to the end; None when `quiet_s` passed or only the progress changed."""
-        at, told = min(first, len(self.ids)), False
-        while True:
-            changed = self._changed
-            if at < len(self.ids):
-                ids = self.ids[at:]
-                piece = Piece(at, ids, "".join(self.texts[at:]))
-                at += len(ids)
-                yield piece
-                continue
-            if self.over:
-                if self.tail and not told:
-                    told = True
-                    yield Piece(at, [], self.tail)
-                return
-            try:
-                async with asyncio.timeout(quiet_s):
-                    await changed.wait()
-            except TimeoutError:
-                pass
-            if at >= len(self.ids) and not self.over:
-                yield None
+        news = asyncio.Event()
+        self.watchers.add(news)
+        try:
+            while not self.over:
+                news.clear()
+                await news.wait()
+        finally:
+            self.watchers.discard(news)
 
     @property
     def output_text(self) -> str:

@@ -1,10 +1,11 @@
 """SubmitLine: this gateway's Submit stream to one worker, with a lane for each attempt of a job.
 
     attempts --write--> outbox --_write--> | SubmitRequest | --> worker
-    attempts <--read--- lanes <--_read---- | SubmitReplies | <--
+    attempts <--hear--- lanes <--_read---- | SubmitReplies | <--
 
-One task at a time writes and one reads, so that an attempt that is given up leaves the stream whole for all others. When the
-stream ends, every lane does.
+One task at a time writes and one reads, so that an attempt that is given up leaves the stream whole for all others. The one
+that reads calls each attempt in turn: a step brings words for many, and none of them needs a task to be woken for its own.
+When the stream ends, every lane does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import asyncio
 import logging
 from collections import deque
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import grpc.aio
 
@@ -24,12 +25,14 @@ log = logging.getLogger(__name__)
 _LAST_WORDS = frozenset({"done", "failed", "lost"})
 
 
-class LineLost(Exception):
-    """A lane ended without a last word. `reason`: a word for logs and metrics."""
+class Listener(Protocol):
+    """Who has a lane. Called on the event loop: be quick, never raise."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    def hear(self, reply: pb.SubmitReply) -> None:
+        """What the worker says next, up to its last word."""
+
+    def lane_lost(self, reason: str) -> None:
+        """The lane ended without a last word, or was left. `reason`: a word for logs and metrics."""
 
 
 class Lane:
@@ -37,8 +40,7 @@ class Lane:
 
     def __init__(self, line: SubmitLine, number: int) -> None:
         self._line, self._number = line, number
-        self._replies: deque[pb.SubmitReply] = deque()
-        self._news = asyncio.Event()
+        self._listener: Listener | None = None
         self._lost = ""
 
     @property
@@ -46,33 +48,33 @@ class Lane:
         """The worker has answered on this stream."""
         return self._line.heard
 
+    def begin(self, job: pb.Job, listener: Listener) -> None:
+        """Send the job; from now on `listener` hears what becomes of it."""
+        self._listener = listener
+        self.write(pb.SubmitRequest(job=job))
+        if self._lost:
+            listener.lane_lost(self._lost)
+
     def write(self, request: pb.SubmitRequest) -> None:
-        """Send it; that it could not be sent is heard by `read`."""
+        """Send it; that it could not be sent is told to the listener."""
         request.lane = self._number
         self._line.send(request)
 
-    async def read(self) -> pb.SubmitReply:
-        """What the worker says next. Raises LineLost."""
-        while not self._replies:
-            if self._lost:
-                raise LineLost(self._lost)
-            self._news.clear()
-            await self._news.wait()
-        return self._replies.popleft()
-
     def leave(self) -> None:
-        """Nobody listens any more: the worker ends the job if it runs. Whoever reads hears LineLost. Safe to repeat."""
+        """Nobody listens any more: the worker ends the job if it runs. Safe to repeat, and after a last word."""
         if self._line.forget(self._number):
             self.write(pb.SubmitRequest(leave=pb.Leave()))
             self.end("left")
 
     def hear(self, reply: pb.SubmitReply) -> None:
-        self._replies.append(reply)
-        self._news.set()
+        if self._listener is not None:
+            self._listener.hear(reply)
 
     def end(self, reason: str) -> None:
-        self._lost = self._lost or reason
-        self._news.set()
+        if not self._lost:
+            self._lost = reason
+            if self._listener is not None:
+                self._listener.lane_lost(reason)
 
 
 class SubmitLine:
@@ -144,9 +146,9 @@ class SubmitLine:
         lane = self._lanes.get(reply.lane)
         if lane is None:
             return                                   # it was left in the meantime
-        lane.hear(reply)
         if reply.WhichOneof("kind") in _LAST_WORDS:
             self.forget(reply.lane)
+        lane.hear(reply)
 
     async def _write(self) -> None:
         try:

@@ -12,12 +12,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kvbank.cluster.follow import Piece
 from kvbank.cluster.http import choices
 from kvbank.cluster.http.app import Front, read_body
 from kvbank.cluster.http.choices import Choices, check, finish_reason, read_wish, respond, submit
 from kvbank.cluster.http.logprobs import chat_logprobs, wanted_by_chat
 from kvbank.cluster.http.routes import Routes
-from kvbank.cluster.job import Job, Piece
+from kvbank.cluster.job import Job
 from kvbank.errors import InvalidRequest
 
 ANSWER_TOKENS = 4096                 # at most, of a chat that names no limit: quotas charge what an answer may become

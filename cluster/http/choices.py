@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -18,10 +18,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kvbank.cluster.fields import Fields
+from kvbank.cluster.follow import END, Piece, follow
 from kvbank.cluster.http.app import Front, error_body
 from kvbank.cluster.http.events import DONE, KEEP_ALIVE, EventStream, event, unless_left
 from kvbank.cluster.intake import SEEDS, SPEC_FIELDS, JobSpec
-from kvbank.cluster.job import Job, Piece
+from kvbank.cluster.job import Job
 from kvbank.errors import InvalidRequest, NotFound
 
 OWN = frozenset({"model", "stream", "stream_options", "n", "return_token_ids", "max_completion_tokens"})
@@ -30,7 +31,6 @@ HARMLESS = frozenset({"user", "metadata", "store", "service_tier", "safety_ident
 NEUTRAL: dict[str, tuple[Any, ...]] = {                 # accepted only where they change nothing
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},),
 }
-_END = Piece(-1, [], "")             # follows the last piece of a choice
 
 
 class Shape(Protocol):
@@ -170,59 +170,26 @@ class Choices:
         for number in range(len(self._jobs)):
             if (opening := self._shape.opening(number)) is not None:
                 yield self._chunk(opening, [])
-        async with aclosing(self._said()) as steps:
+        silent = not self.wish.ids and self.wish.logprobs is None        # of tokens that release no text
+        async with aclosing(follow(self._jobs, quiet_s=self._front.limits.quiet_s)) as steps:
             async for said in steps:
                 parts: list[bytes] = []
                 for number, piece in said:
-                    if piece is _END and (error := self._jobs[number].error) is not None:
+                    if piece is END and (error := self._jobs[number].error) is not None:
                         self.cancel()
                         yield b"".join([*parts, event(error_body(error))])
                         return
-                    parts.append(self._piece(number, piece))
-                yield b"".join(parts)
+                    if piece is END or piece.text or not silent:
+                        parts.append(self._piece(number, piece))
+                if parts or not said:
+                    yield b"".join(parts) or KEEP_ALIVE
         if self.wish.usage:
             yield event({**self._head(self._shape.chunk), "choices": [], "usage": self._usage()})
         yield DONE
 
-    async def _said(self) -> AsyncGenerator[list[tuple[int, Piece | None]]]:
-        """(number of the choice, its next piece): what came in one step in one list."""
-        if len(self._jobs) == 1:
-            async for piece in self._pieces(self._jobs[0]):
-                yield [(0, piece)]
-            return
-        news: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue(maxsize=64)
-
-        async def read(number: int, job: Job) -> None:
-            async for piece in self._pieces(job):
-                await news.put((number, piece))
-
-        readers = [asyncio.ensure_future(read(number, job)) for number, job in enumerate(self._jobs)]
-        running = len(readers)
-        try:
-            while running:
-                said = [await news.get()]
-                while not news.empty():
-                    said.append(news.get_nowait())
-                running -= sum(piece is _END for _, piece in said)
-                yield said
-        finally:
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
-
-    async def _pieces(self, job: Job) -> AsyncIterator[Piece | None]:
-        """Those that the wish tells of, then _END; None: nothing came for a while."""
-        every = self.wish.ids or self.wish.logprobs is not None
-        async for piece in job.follow(quiet_s=self._front.limits.quiet_s):
-            if piece is None or piece.text or every:
-                yield piece
-        yield _END
-
-    def _piece(self, number: int, piece: Piece | None) -> bytes:
-        if piece is None:
-            return KEEP_ALIVE
+    def _piece(self, number: int, piece: Piece) -> bytes:
         job = self._jobs[number]
-        more = {"kvbank": self._extra([job])} if piece is _END else {}
+        more = {"kvbank": self._extra([job])} if piece is END else {}
         return self._chunk(self._shape.delta(number, job, piece), piece.token_ids, **more)
 
     def _chunk(self, choice: dict[str, Any], ids: list[int], **more: Any) -> bytes:
@@ -253,7 +220,7 @@ class Choices:
 
 def finish_reason(job: Job, piece: Piece) -> str | None:
     """Of a chunk with this piece: None unless it is the last one."""
-    return job.finish_reason if piece is _END else None
+    return job.finish_reason if piece is END else None
 
 
 def _max_tokens(body: Mapping[str, Any]) -> dict[str, Any]:

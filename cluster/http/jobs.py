@@ -7,14 +7,15 @@ DELETE /v1/jobs/ID, or POST /v1/jobs/ID/cancel
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from kvbank.cluster.follow import END, follow
 from kvbank.cluster.http.app import Front, error_body, query_number, read_body
 from kvbank.cluster.http.events import EventStream, event, unless_left
 from kvbank.cluster.http.routes import Routes
@@ -49,7 +50,7 @@ def routes(front: Front) -> Routes:
         job = job_of(request)
         wait_s = query_number(request, "wait_s", 0.0, MAX_WAIT_S)
         if wait_s > 0:
-            with contextlib.suppress(TimeoutError):
+            with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await unless_left(request, job.settled(), lambda: None)
         return JSONResponse(job_body(job))
@@ -75,15 +76,17 @@ def routes(front: Front) -> Routes:
 
 async def _events(job: Job, first: int, quiet_s: float) -> AsyncIterator[bytes]:
     told: Any = None
-    async for piece in job.follow(first, quiet_s=quiet_s):
-        if piece is not None:
-            data = {"index": piece.index, "token_ids": piece.token_ids, "text": piece.text}
-            yield event(data, name="delta", number=piece.index + len(piece.token_ids))
-        elif (progress := _progress(job)) != told:
-            told = progress
-            yield event(progress, name="progress")
-        else:
-            yield b": keep-alive\n\n"
+    async with aclosing(follow([job], first, quiet_s=quiet_s)) as news:
+        async for said in news:
+            for _, piece in said:
+                if piece is not END:
+                    data = {"index": piece.index, "token_ids": piece.token_ids, "text": piece.text}
+                    yield event(data, name="delta", number=piece.index + len(piece.token_ids))
+            if not said and (progress := _progress(job)) != told:
+                told = progress
+                yield event(progress, name="progress")
+            elif not said:
+                yield b": keep-alive\n\n"
     yield event(job_body(job), name="done")
 
 

@@ -14,12 +14,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from kvbank.cluster.fields import Fields
+from kvbank.cluster.follow import Piece
 from kvbank.cluster.http import chat, choices, openapi, tokens
 from kvbank.cluster.http.app import Front, read_body
 from kvbank.cluster.http.choices import Choices, check, check_model, finish_reason, read_wish, respond, submit
 from kvbank.cluster.http.logprobs import Offsets, completion_logprobs, wanted_by_completion
 from kvbank.cluster.http.routes import Routes
-from kvbank.cluster.job import Job, Piece
+from kvbank.cluster.job import Job
 from kvbank.errors import InvalidRequest
 
 KNOWN = frozenset({"best_of", "logprobs", "echo"})

@@ -8,18 +8,38 @@ from array import array
 import pytest
 
 from kvbank.cluster.links import Links
-from kvbank.cluster.submit_line import Lane, LineLost
+from kvbank.cluster.submit_line import Lane
 from kvbank.proto import jobs_pb2 as pb
 
 TOKEN = "ab" * 16
 
 
-def begin(lane: Lane, *prompt: int, count: int = 8) -> Lane:
-    lane.write(pb.SubmitRequest(job=pb.Job(id="j", prompt=array("i", prompt).tobytes(), max_tokens=count)))
-    return lane
+class LaneLost(Exception):
+    """A lane ended without a last word."""
 
 
-async def to_the_end(lane: Lane) -> tuple[list[int], str]:
+class Attempt:
+    """One that keeps what it hears until it is read."""
+
+    def __init__(self, lane: Lane, *prompt: int, count: int = 8) -> None:
+        self.lane = lane
+        self._heard: asyncio.Queue[pb.SubmitReply | LaneLost] = asyncio.Queue()
+        lane.begin(pb.Job(id="j", prompt=array("i", prompt).tobytes(), max_tokens=count), self)
+
+    def hear(self, reply: pb.SubmitReply) -> None:
+        self._heard.put_nowait(reply)
+
+    def lane_lost(self, reason: str) -> None:
+        self._heard.put_nowait(LaneLost(reason))
+
+    async def read(self) -> pb.SubmitReply:
+        said = await self._heard.get()
+        if isinstance(said, LaneLost):
+            raise said
+        return said
+
+
+async def to_the_end(lane: Attempt) -> tuple[list[int], str]:
     """Tokens, and the last word."""
     ids: list[int] = []
     while (reply := await lane.read()).WhichOneof("kind") not in ("done", "failed", "lost"):
@@ -32,10 +52,10 @@ def test_many_attempts_share_one_stream(make_worker, answer_of) -> None:
 
     async def play() -> None:
         links = Links(TOKEN)
-        lanes = [begin(links.submit(worker.address), number) for number in range(50)]
+        lanes = [Attempt(links.submit(worker.address), number) for number in range(50)]
         for number, lane in enumerate(lanes):
             assert await to_the_end(lane) == (answer_of([number], 8), "done")
-            lane.leave()
+            lane.lane.leave()
         await links.close()
 
     asyncio.run(play())
@@ -48,13 +68,13 @@ def test_a_lane_that_is_left_takes_nobody_along(make_worker, answer_of, until) -
 
     async def play() -> None:
         links = Links(TOKEN)
-        stays, leaves = begin(links.submit(worker.address), 1), begin(links.submit(worker.address), 2, count=10_000)
+        stays, leaves = Attempt(links.submit(worker.address), 1), Attempt(links.submit(worker.address), 2, count=10_000)
         assert (await leaves.read()).WhichOneof("kind") == "accepted"
         reading = asyncio.create_task(to_the_end(leaves))
         await asyncio.sleep(0)
-        leaves.leave()
-        leaves.leave()
-        with pytest.raises(LineLost, match="left"):
+        leaves.lane.leave()
+        leaves.lane.leave()
+        with pytest.raises(LaneLost, match="left"):
             await reading
         assert await to_the_end(stays) == (answer_of([1], 8), "done")
         await links.close()
@@ -63,40 +83,21 @@ def test_a_lane_that_is_left_takes_nobody_along(make_worker, answer_of, until) -
     until(worker.ended.is_set)
 
 
-def test_a_task_that_is_cancelled_while_it_waits_leaves_the_stream_whole(make_worker, answer_of) -> None:
-    worker = make_worker("worker-0")
-    worker.token_s = 0.01
-
-    async def play() -> None:
-        links = Links(TOKEN)
-        lane, other = begin(links.submit(worker.address), 1, count=10_000), begin(links.submit(worker.address), 2)
-        assert (await lane.read()).WhichOneof("kind") == "accepted"
-        waiting = asyncio.create_task(to_the_end(lane))
-        await asyncio.sleep(0)                       # it begins to wait
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-        assert await to_the_end(other) == (answer_of([2], 8), "done")
-        await links.close()
-
-    asyncio.run(play())
-
-
 def test_when_the_worker_dies_every_lane_hears_it_and_the_next_attempt_opens_a_new_stream(make_worker, answer_of) -> None:
     worker = make_worker("worker-0")
 
     async def play() -> None:
         links = Links(TOKEN)
         worker.hang_at = 3
-        hangs = begin(links.submit(worker.address), 1)
+        hangs = Attempt(links.submit(worker.address), 1)
         while (await hangs.read()).tokens.first_index != 2:
             pass
         worker.die_at = 2
-        dies = begin(links.submit(worker.address), 2)
+        dies = Attempt(links.submit(worker.address), 2)
         for lane in (dies, hangs):
-            with pytest.raises(LineLost, match="unavailable"):
+            with pytest.raises(LaneLost, match="unavailable"):
                 await to_the_end(lane)
-        assert await to_the_end(begin(links.submit(worker.address), 3)) == (answer_of([3], 8), "done")
+        assert await to_the_end(Attempt(links.submit(worker.address), 3)) == (answer_of([3], 8), "done")
         await links.close()
 
     asyncio.run(play())
@@ -106,8 +107,8 @@ def test_when_the_worker_dies_every_lane_hears_it_and_the_next_attempt_opens_a_n
 def test_nobody_at_home_is_heard_without_waiting(free_tcp_port) -> None:
     async def play() -> None:
         links = Links(TOKEN)
-        with pytest.raises(LineLost, match="unavailable"):
-            await to_the_end(begin(links.submit(f"127.0.0.1:{free_tcp_port}"), 1))
+        with pytest.raises(LaneLost, match="unavailable"):
+            await to_the_end(Attempt(links.submit(f"127.0.0.1:{free_tcp_port}"), 1))
         await links.close()
 
     asyncio.run(play())
@@ -118,8 +119,8 @@ def test_the_wrong_token_is_heard_as_such(make_worker) -> None:
 
     async def play() -> None:
         links = Links("cd" * 16)
-        with pytest.raises(LineLost, match="unauthenticated"):
-            await to_the_end(begin(links.submit(worker.address), 1))
+        with pytest.raises(LaneLost, match="unauthenticated"):
+            await to_the_end(Attempt(links.submit(worker.address), 1))
         await links.close()
 
     asyncio.run(play())
@@ -132,11 +133,11 @@ def test_after_the_certificates_were_renewed_old_lanes_go_on_and_new_ones_get_a_
 
     async def play() -> None:
         links = Links(TOKEN)
-        old = begin(links.submit(worker.address), 1)
+        old = Attempt(links.submit(worker.address), 1)
         assert (await old.read()).WhichOneof("kind") == "accepted"
         links._older.setdefault((worker.address, "submit"), []).append(links._channels.pop((worker.address, "submit"))[0])
         line = links._lines[worker.address]
-        assert await to_the_end(begin(links.submit(worker.address), 2)) == (answer_of([2], 8), "done")
+        assert await to_the_end(Attempt(links.submit(worker.address), 2)) == (answer_of([2], 8), "done")
         assert await to_the_end(old) == (answer_of([1], 8), "done")
         assert line.over, "a line that nothing uses any more is closed"
         await links.close()
@@ -151,12 +152,12 @@ def test_forgetting_an_address_ends_its_lanes(make_worker) -> None:
 
     async def play() -> None:
         links = Links(TOKEN)
-        lane = begin(links.submit(worker.address), 1)
+        lane = Attempt(links.submit(worker.address), 1)
         assert (await lane.read()).WhichOneof("kind") == "accepted"
         await links.forget(set(), purpose="submit")
-        with pytest.raises(LineLost, match="closed"):
+        with pytest.raises(LaneLost, match="closed"):
             await to_the_end(lane)
-        lane.write(pb.SubmitRequest(cancel=pb.Cancel()))          # into the void
-        lane.leave()
+        lane.lane.write(pb.SubmitRequest(cancel=pb.Cancel()))          # into the void
+        lane.lane.leave()
 
     asyncio.run(play())

@@ -1,0 +1,72 @@
+"""Reading what jobs say while they say it: any number of jobs by one reader, who is woken once for all that a step brought.
+
+    jobs --announce--> one event --> cursors --> [(which job, piece), ...]
+
+A reader keeps a place in each job's output, so that none can slow another, and a late one begins anywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+from kvbank.cluster.job import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a job's output: ids `index ..` and the text that they released."""
+
+    index: int
+    token_ids: list[int]
+    text: str
+
+
+END = Piece(-1, [], "")                  # follows the last piece of a job
+
+
+class Cursor:
+    """One reader's place in the output of one job."""
+
+    def __init__(self, job: Job, first: int = 0) -> None:
+        """first: index of the first token that is told; those that are not there yet are waited for."""
+        self._job, self._at = job, min(first, len(job.ids))
+        self._tail_told = self.ended = False
+
+    def take(self) -> list[Piece]:
+        """What came since, and END once the job is over."""
+        job, pieces = self._job, []
+        if self._at < len(job.ids):
+            ids = job.ids[self._at :]
+            pieces.append(Piece(self._at, ids, "".join(job.texts[self._at :])))
+            self._at += len(ids)
+        if job.over and not self.ended:
+            self.ended = True
+            if job.tail:
+                pieces.append(Piece(self._at, [], job.tail))
+            pieces.append(END)
+        return pieces
+
+
+async def follow(jobs: Sequence[Job], first: int = 0, *, quiet_s: float) -> AsyncGenerator[list[tuple[int, Piece]]]:
+    """(number of the job, what it said next) of all that came at once, until each has ended; an empty list when `quiet_s`
+    passed or only progress changed."""
+    cursors, news = [Cursor(job, first) for job in jobs], asyncio.Event()
+    for job in jobs:
+        job.watchers.add(news)
+    try:
+        while not all(cursor.ended for cursor in cursors):
+            news.clear()
+            said = [(number, piece) for number, cursor in enumerate(cursors) for piece in cursor.take()]
+            if not said:
+                try:
+                    async with asyncio.timeout(quiet_s):
+                        await news.wait()
+                except TimeoutError:
+                    pass
+                said = [(number, piece) for number, cursor in enumerate(cursors) for piece in cursor.take()]
+            yield said
+    finally:
+        for job in jobs:
+            job.watchers.discard(news)
