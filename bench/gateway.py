@@ -2,8 +2,8 @@
 
     kvbank bench gateway [--json] [--quick]
 
-Decode: eight streams at once, all from one request to /v1/completions, against the engine's own steps; medians of tokens per
-second, whole answers counted; once more with every job traced into files. First token: one short prompt at a time on a small
+Decode: eight streams at once, all from one request to /v1/completions, against the engine's own steps; tokens of all turns by
+the seconds of all, whole answers counted; once more with every job traced into files. First token: one short prompt at a time on a small
 model, until its first chunk against until its first event. Leaving: from a reader's hang-up until the worker's blocks are
 free, as /v1/status tells it. Both sides run on one thread; the gateway and this client take what is left of the machine.
 """
@@ -123,7 +123,7 @@ class Ours:
 def main(argv: list[str] | None = None) -> int:
     report = Report("gateway", argv)
     torch.set_num_threads(1)
-    repeats, tokens, firsts = (3, 24, 20) if report.args.quick else (25, 32, 60)
+    repeats, tokens, firsts = (3, 24, 20) if report.args.quick else (16, 128, 60)
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temp:
         folder = write_model(Path(temp) / "model")
@@ -131,8 +131,9 @@ def main(argv: list[str] | None = None) -> int:
         with _cluster(folder) as cluster, _cluster(folder, **tracing) as traced:
             ours, other = Ours(folder, cluster.address, 32_000), Ours(folder, traced.address, 32_000)
             ours.by_engine(8), ours.by_gateway(8), other.by_gateway(8)           # warm-up of all
-            decode = interleaved(repeats, engine=lambda: ours.by_engine(tokens), gateway=lambda: ours.by_gateway(tokens),
-                                 traced=lambda: other.by_gateway(tokens))
+            # As many tokens each turn: the harmonic mean of rates is the rate over all turns.
+            decode = interleaved(repeats, middle=statistics.harmonic_mean, engine=lambda: ours.by_engine(tokens),
+                                 gateway=lambda: ours.by_gateway(tokens), traced=lambda: other.by_gateway(tokens))
         report.line(step="decode", streams=STREAMS, tokens=tokens, **{side: round(rate, 1) for side, rate in decode.items()})
         small = write_random_model(Path(temp) / "small", seed=7, vocab=SMALL_VOCAB)
         with _cluster(small) as cluster:

@@ -79,13 +79,15 @@ def commit() -> str:
     return made.stdout.strip() or "unknown"
 
 
-def interleaved(repeats: int, **sides: Callable[[], float]) -> dict[str, float]:
-    """Median of each side's figure; sides take turns, so that a drifting machine hits all alike."""
+def interleaved(
+    repeats: int, *, middle: Callable[[list[float]], float] = statistics.median, **sides: Callable[[], float],
+) -> dict[str, float]:
+    """Median, or another middle, of each side's figure; sides take turns, so that a drifting machine hits all alike."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
             found[name].append(side())
-    return {name: statistics.median(values) for name, values in found.items()}
+    return {name: middle(values) for name, values in found.items()}
 
 
 def _cpu() -> str:

@@ -17,14 +17,12 @@ from typing import Any
 import numpy as np
 
 from kvbank.cluster.job import Job, Logprob
-from kvbank.cluster.submit_line import Lane
+from kvbank.cluster.submit_line import MESSAGE_BYTES, Lane
 from kvbank.errors import Cancelled, DeadlineExceeded, KVBankError, TooLong, Unavailable, from_code
-from kvbank.kvstore.transport.rpc import MAX_MESSAGE_BYTES
 from kvbank.proto import jobs_pb2
 
 log = logging.getLogger(__name__)
 
-MESSAGE_BYTES = MAX_MESSAGE_BYTES - 1024     # for a job, without its envelope
 KEYS_AND_IDS_BYTES = 3 << 20         # of a message of at most 4 MiB; above it the worker hashes for itself
 # Codes a worker may answer that say something about it and not about the job: another worker may do better.
 _ELSEWHERE = frozenset({"unavailable", "overloaded", "internal", "model_error", "config_error"})

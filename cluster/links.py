@@ -36,7 +36,7 @@ class Links:
             if line is not None:
                 line.retire()
             method = channel.stream_stream(
-                "/kvbank.Jobs/Submit", request_serializer=jobs_pb2.SubmitRequest.SerializeToString,
+                "/kvbank.Jobs/Submit", request_serializer=jobs_pb2.SubmitRequests.SerializeToString,
                 response_deserializer=jobs_pb2.SubmitReplies.FromString,
             )
             line = self._lines[address] = SubmitLine(method(metadata=metadata), channel=channel)

@@ -1,7 +1,7 @@
 """SubmitLine: this gateway's Submit stream to one worker, with a lane for each attempt of a job.
 
-    attempts --write--> outbox --_write--> | SubmitRequest | --> worker
-    attempts <--hear--- lanes <--_read---- | SubmitReplies | <--
+    attempts --write--> outbox --_write--> | SubmitRequests | --> worker
+    attempts <--hear--- lanes <--_read---- | SubmitReplies  | <--
 
 One task at a time writes and one reads, so that an attempt that is given up leaves the stream whole for all others. The one
 that reads calls each attempt in turn: a step brings words for many, and none of them needs a task to be woken for its own.
@@ -18,10 +18,13 @@ from typing import Any, Protocol
 
 import grpc.aio
 
+from kvbank.kvstore.transport.rpc import MAX_MESSAGE_BYTES
 from kvbank.proto import jobs_pb2 as pb
 
 log = logging.getLogger(__name__)
 
+ENVELOPE_BYTES = 8                           # around a request in a message, at most
+MESSAGE_BYTES = MAX_MESSAGE_BYTES - 1024     # for requests; one has to hold a whole job
 _LAST_WORDS = frozenset({"done", "failed", "lost"})
 
 
@@ -153,10 +156,19 @@ class SubmitLine:
     async def _write(self) -> None:
         try:
             while self._outbox:
-                await self._call.write(self._outbox.popleft())
+                await self._call.write(self._next_message())
             self._writing = None
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
             pass                                     # the reader knows more of why
+
+    def _next_message(self) -> pb.SubmitRequests:
+        """All that waits, as far as one message holds it."""
+        message, left = pb.SubmitRequests(), MESSAGE_BYTES
+        while self._outbox and (not message.requests or self._outbox[0].ByteSize() + ENVELOPE_BYTES <= left):
+            request = self._outbox.popleft()
+            left -= request.ByteSize() + ENVELOPE_BYTES
+            message.requests.append(request)
+        return message
 
     def _close_when_idle(self) -> None:
         if self._retired and not self._lanes:

@@ -102,9 +102,10 @@ class Engine:
         self.counters = EngineCounters()
         self.store: BlockStore | None = None              # the shelves below, when this engine owns them
 
-    def add(self, job: JobSpec) -> None:
-        """Hand a job in. What is wrong with it comes back as a Failed event."""
-        self._inbox.append(job)
+    def add(self, *jobs: JobSpec) -> None:
+        """Hand jobs in; they begin in the same step, as far as there is room. What is wrong with one comes back as a Failed
+        event."""
+        self._inbox.extend(jobs)
         self.wake.set()
 
     def cancel(self, job_id: str) -> None:

@@ -57,7 +57,7 @@ class JobsService:
         for line, news in told.items():
             line.put(news)
 
-    def submit(self, requests: Iterator[pb.SubmitRequest], context: grpc.ServicerContext) -> Iterator[pb.SubmitReplies]:
+    def submit(self, requests: Iterator[pb.SubmitRequests], context: grpc.ServicerContext) -> Iterator[pb.SubmitReplies]:
         """The Submit handler."""
         line = Line(worker=self._id, clock=self._clock, receipt=self._receipt, progress=self._progress)
         if not context.add_callback(lambda: self._hang_up(line)):
@@ -76,7 +76,7 @@ class JobsService:
     def handlers(self) -> grpc.GenericRpcHandler:
         return grpc.method_handlers_generic_handler("kvbank.Jobs", {
             "Submit": grpc.stream_stream_rpc_method_handler(
-                self.submit, request_deserializer=pb.SubmitRequest.FromString,
+                self.submit, request_deserializer=pb.SubmitRequests.FromString,
                 response_serializer=pb.SubmitReplies.SerializeToString),
             "Status": grpc.unary_unary_rpc_method_handler(
                 lambda _request, _context: self._status(), request_deserializer=pb.StatusRequest.FromString,
@@ -85,10 +85,11 @@ class JobsService:
 
     # -- what a gateway says -----------------------------------------------------------------------------------------
 
-    def _listen(self, requests: Iterator[pb.SubmitRequest], line: Line, context: grpc.ServicerContext) -> None:
+    def _listen(self, messages: Iterator[pb.SubmitRequests], line: Line, context: grpc.ServicerContext) -> None:
         try:
-            for request in requests:
-                self._hear(request, line)
+            for message in messages:
+                taken = [lane for request in message.requests if (lane := self._hear(request, line)) is not None]
+                self._begin(*taken)
             line.say_no_more()
         except grpc.RpcError:
             pass                                     # the stream ended: its callback hangs up
@@ -96,7 +97,8 @@ class JobsService:
             log.exception("submit_reader_failed")
             context.cancel()
 
-    def _hear(self, request: pb.SubmitRequest, line: Line) -> None:
+    def _hear(self, request: pb.SubmitRequest, line: Line) -> Lane | None:
+        """A lane is one whose job can begin."""
         kind = request.WhichOneof("kind")
         if kind == "cancel":
             if (lane := line.lane(request.lane)) is not None:
@@ -107,10 +109,11 @@ class JobsService:
             if (lane := line.leave(request.lane)) is not None:
                 self._drop(lane)
         else:
-            self._take(request, line)
+            return self._take(request, line)
+        return None
 
-    def _take(self, request: pb.SubmitRequest, line: Line) -> None:
-        """Check a job and hand it in, or say why not."""
+    def _take(self, request: pb.SubmitRequest, line: Line) -> Lane | None:
+        """Check a job, and say why it is not taken if it is not."""
         job, trace = request.job, None
         try:
             if request.WhichOneof("kind") != "job":
@@ -134,18 +137,20 @@ class JobsService:
             if trace is not None:
                 self._end_trace(job.age, trace, outcome=error.code)
             line.say(request.lane, failed=failed(error, pb.Receipt()))
-            return
+            return None
         try:
             self._engine.check_fits(lane.spec)
         except TooLong:
             Thread(target=self._begin_later, args=(lane,), daemon=True, name="hear-control").start()
-        else:
-            self._begin(lane)
+            return None
+        return lane
 
-    def _begin(self, lane: Lane) -> None:
-        self._engine.add(lane.spec)
-        if lane.ending:                              # that came too early for the engine
-            self._engine.cancel(lane.spec.id)
+    def _begin(self, *lanes: Lane) -> None:
+        if lanes:
+            self._engine.add(*[lane.spec for lane in lanes])
+        for lane in lanes:
+            if lane.ending:                          # that came too early for the engine
+                self._engine.cancel(lane.spec.id)
 
     def _begin_later(self, lane: Lane) -> None:
         """The gateway may know of lenders that came after this worker was last told: it hears of them before it refuses."""

@@ -66,11 +66,12 @@ class FakeWorker:
         self.bias, self.mute = 0.0, False                    # added to its log-probabilities; none told though asked
         self.token_s = 0.0
         self.tiers = ["host"]
+        self.messages: list[int] = []                        # how many requests each brought
         self.ended = threading.Event()                       # a stream was left by its gateway
         self._server = rpc.server(TOKEN, threads=16)
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("kvbank.Jobs", {
             "Submit": grpc.stream_stream_rpc_method_handler(
-                self._submit, pb.SubmitRequest.FromString, pb.SubmitReplies.SerializeToString),
+                self._submit, pb.SubmitRequests.FromString, pb.SubmitReplies.SerializeToString),
             "Status": grpc.unary_unary_rpc_method_handler(
                 self._status, pb.StatusRequest.FromString, pb.WorkerStatus.SerializeToString),
         })])
@@ -93,7 +94,7 @@ class FakeWorker:
             counters={"forward_rows": 5},
         )
 
-    def _submit(self, requests: Iterator[pb.SubmitRequest], context: grpc.ServicerContext) -> Iterator[pb.SubmitReplies]:
+    def _submit(self, messages: Iterator[pb.SubmitRequests], context: grpc.ServicerContext) -> Iterator[pb.SubmitReplies]:
         said: queue.SimpleQueue[pb.SubmitReply | None] = queue.SimpleQueue()         # None: this place dies
         lanes: dict[int, threading.Event] = {}               # of its jobs: the gateway wants no more
 
@@ -105,7 +106,7 @@ class FakeWorker:
 
         def listen() -> None:
             with contextlib.suppress(Exception):             # the stream ended
-                for request in requests:
+                for request in each_of(messages):
                     kind = request.WhichOneof("kind")
                     if kind == "job":
                         self.seen.append(request.job)
@@ -117,6 +118,11 @@ class FakeWorker:
                     else:
                         self.ended.set()
                     lanes[request.lane].set()
+
+        def each_of(messages: Iterator[pb.SubmitRequests]) -> Iterator[pb.SubmitRequest]:
+            for message in messages:
+                self.messages.append(len(message.requests))
+                yield from message.requests
 
         def run(request: pb.SubmitRequest, cancelled: threading.Event) -> None:
             try:

@@ -62,6 +62,22 @@ def test_many_attempts_share_one_stream(make_worker, answer_of) -> None:
     assert worker.streams == 1 and len(worker.seen) == 50
 
 
+def test_what_is_said_at_once_travels_together_as_far_as_a_message_holds_it(make_worker) -> None:
+    worker = make_worker("worker-0")
+
+    async def play(lengths: list[int]) -> None:
+        links = Links(TOKEN)
+        attempts = [Attempt(links.submit(worker.address), *[number] * length, count=1) for number, length in enumerate(lengths)]
+        assert [(await to_the_end(attempt))[1] for attempt in attempts] == ["done"] * len(lengths)
+        await links.close()
+
+    asyncio.run(play([3] * 40))
+    assert worker.messages == [40]
+    worker.messages.clear()
+    asyncio.run(play([400_000, 400_000, 400_000, 3]))                # 1.6 MB each
+    assert worker.messages == [2, 2] and len(worker.seen) == 44
+
+
 def test_a_lane_that_is_left_takes_nobody_along(make_worker, answer_of, until) -> None:
     worker = make_worker("worker-0")
     worker.token_s = 0.01

@@ -38,7 +38,7 @@ class Gateway:
     """The other end of a stream: says requests when told; a thread takes the replies, as gRPC's does."""
 
     def __init__(self, jobs: JobsService, call: Call) -> None:
-        self._said: queue.SimpleQueue[pb.SubmitRequest | None] = queue.SimpleQueue()
+        self._said: queue.SimpleQueue[pb.SubmitRequests | None] = queue.SimpleQueue()
         self._heard: queue.SimpleQueue[pb.SubmitReply | None] = queue.SimpleQueue()
         threading.Thread(target=self._take, args=(jobs.submit(iter(self._said.get, None), call),), daemon=True).start()
 
@@ -50,7 +50,10 @@ class Gateway:
 
     def say(self, *requests: pb.SubmitRequest) -> None:
         for request in requests:
-            self._said.put(request)
+            self.say_at_once(request)
+
+    def say_at_once(self, *requests: pb.SubmitRequest) -> None:
+        self._said.put(pb.SubmitRequests(requests=requests))
 
     def say_no_more(self) -> None:
         self._said.put(None)
@@ -117,9 +120,9 @@ def test_a_caller_that_hangs_up_while_the_job_is_handed_in_leaves_no_job(alone, 
     jobs, call = service(engine), Call()
     real, handed_in = engine.add, threading.Event()
 
-    def add(job) -> None:
+    def add(*specs) -> None:
         call.hang_up()
-        real(job)
+        real(*specs)
         handed_in.set()
     engine.add = add
     gateway = Gateway(jobs, call)
@@ -169,6 +172,29 @@ def test_a_lane_that_is_left_ends_its_job_and_nothing_else(alone, prompt, until)
     assert not kinds(replies, 2) and not kinds(replies, 9)
     told = [array("i", reply.tokens.ids).tolist() for reply in replies if reply.lane == 1 and reply.HasField("tokens")]
     assert sum(map(len, told)) == 8
+
+
+def test_jobs_that_come_in_one_message_begin_in_the_same_step(alone, prompt, until) -> None:
+    """One by one, the first would have a step of its own, and the others an answer that ends a step later."""
+    engine = alone()
+    jobs = service(engine)
+    gateway = Gateway(jobs, Call())
+    handed_in: list[int] = []
+    real = engine.add
+
+    def add(*specs) -> None:
+        handed_in.append(len(specs))
+        real(*specs)
+    engine.add = add
+    gateway.say_at_once(*(request(prompt(20), lane, max_tokens=8) for lane in (1, 2, 3)), request([700], 4), cancel(2),
+                        pb.SubmitRequest(lane=3, leave=pb.Leave()))
+    gateway.say_no_more()
+    until(lambda: handed_in)
+    with running(engine, jobs):
+        replies = gateway.hear_to_the_end()
+        until(lambda: at_rest(engine, jobs))
+    assert handed_in == [3]
+    assert [kinds(replies, lane)[-1:] for lane in (1, 2, 3, 4)] == [["done"], ["failed"], [], ["failed"]]
 
 
 def test_a_refused_job_leaves_the_stream_to_the_others(alone, prompt) -> None:
