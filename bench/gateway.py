@@ -3,9 +3,9 @@
     kvbank bench gateway [--json] [--quick]
 
 Decode: eight streams at once, all from one request to /v1/completions, against the engine's own steps; tokens of all turns by
-the seconds of all, whole answers counted; once more with every job traced into files. First token: one short prompt at a time on a small
-model, until its first chunk against until its first event. Leaving: from a reader's hang-up until the worker's blocks are
-free, as /v1/status tells it. Both sides run on one thread; the gateway and this client take what is left of the machine.
+the seconds of all, whole answers counted; once more with every job traced into files. First token: one short prompt at a time
+on a small model, until its first chunk against until its first event. Leaving: from a reader's hang-up until the worker's
+blocks are free, as /v1/status tells it. Both sides run on one thread; the gateway and this client take what is left.
 """
 
 from __future__ import annotations
