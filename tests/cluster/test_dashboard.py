@@ -377,7 +377,10 @@ def test_the_bars_of_two_hundred_members_stand_in_their_cells(town, crowd, open_
     assert page.faults == []
 
 
-def test_what_an_update_of_two_hundred_members_costs_the_browser(town, city, crowd, open_page, until, record_property) -> None:
+@pytest.mark.parametrize("at", ["#/", *(pytest.param(at, marks=pytest.mark.slow) for at in ("#/members", "#/loans"))])
+def test_what_an_update_of_two_hundred_members_costs_the_browser(
+    town, city, crowd, open_page, until, record_property, at,
+) -> None:
     def all_change() -> None:
         for one in crowd:
             one["blocks_used"], one["blocks_free"] = one["blocks_used"] + 1, one["blocks_free"] - 1
@@ -390,6 +393,8 @@ def test_what_an_update_of_two_hundred_members_costs_the_browser(town, city, cro
         const last = series[series.length - 1];
         series.unshift(...Array.from({ length: 299 }, (_, i) => ({ ...last, at: last.at - 299 + i, used: last.used - i % 50 })));
     }""")
+    page.goto(page.url.split("#")[0] + at)
+    live(page)
     chrome = page.context.new_cdp_session(page)
     chrome.send("Performance.enable")
 
@@ -406,8 +411,8 @@ def test_what_an_update_of_two_hundred_members_costs_the_browser(town, city, cro
     for name in ("ScriptDuration", "RecalcStyleDuration", "LayoutDuration", "TaskDuration"):     # TaskDuration: everything
         told[f"{name}_ms_per_update"] = round(1000 * (after[name] - before[name]) / len(renders), 1)
     told["first_paint_ms"] = round(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
-    print("\n200 members:", json.dumps(told))
-    record_property("dashboard_200", told)
+    print(f"\n200 members, {at}:", json.dumps(told))
+    record_property(f"dashboard_200 {at}", told)
 
 
 def test_it_is_usable_on_a_phone_and_by_keyboard(town, open_page) -> None:
