@@ -93,8 +93,12 @@ class Attempt:
         self._heard_at = self._loop.time()
         try:
             self._heard(reply)
-        except Exception as error:
+        except KVBankError as error:
             self._outcome.set_exception(error)
+        except Exception as error:                   # in a shell: no future takes a StopIteration
+            shell = RuntimeError("a reply could not be taken in")
+            shell.__cause__ = error
+            self._outcome.set_exception(shell)
 
     def lane_lost(self, reason: str) -> None:
         """Of the lane."""

@@ -30,7 +30,7 @@ class Cursor:
     """One reader's place in the output of one job."""
 
     def __init__(self, job: Job, first: int = 0) -> None:
-        """first: index of the first token that is told; those that are not there yet are waited for."""
+        """first: index of the first token that is told; the next one that comes if there are not so many yet."""
         self._job, self._at = job, min(first, len(job.ids))
         self._tail_told = self.ended = False
 

@@ -183,8 +183,12 @@ class Intake:
         ids, _ = await read_prompt(prompt, self._encode, self.facts.vocab_size)
         return list(memoryview(ids).cast("i"))
 
-    def prompt_text(self, prompt: Any) -> str:
-        """What a prompt that `spec` took says, in text; token ids are decoded."""
+    async def prompt_text(self, prompt: Any) -> str:
+        """What a prompt says, in text; token ids are decoded. Raises InvalidRequest."""
+        await read_prompt(prompt, self._encode, self.facts.vocab_size)       # it is one
+        return await asyncio.to_thread(self._text_of, prompt)
+
+    def _text_of(self, prompt: Any) -> str:
         pieces = [prompt] if isinstance(prompt, str) or not isinstance(prompt[0], dict) else prompt
         parts: list[Any] = [piece.get("text", piece.get("token_ids")) if isinstance(piece, dict) else piece for piece in pieces]
         return "".join(part if isinstance(part, str) else self.decode(part) for part in parts)

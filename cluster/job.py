@@ -146,6 +146,8 @@ class Job:
         except Exception:                    # ids that are no tokens, of a broken worker: the job must end all the same
             self.tail = ""
         self.error, self.ended_at = error, now
+        if error is not None:
+            error.__traceback__ = None       # it holds the frames of the attempt, and they the prompt
         self.spec, self.keys = replace(self.spec, prompt=b""), b""
         if self.deadline is not None:
             self.deadline.cancel()

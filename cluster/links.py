@@ -29,7 +29,7 @@ class Links:
         self._lines: dict[str, SubmitLine] = {}
 
     def submit(self, address: str) -> Lane:
-        """A lane to a worker, for one attempt; the caller writes the job first and leaves when it no longer listens."""
+        """A lane to a worker, for one attempt; the caller begins it and leaves when it no longer listens."""
         channel, metadata = self._channel(address, "submit")
         line = self._lines.get(address)
         if line is None or line.over or line.channel is not channel:

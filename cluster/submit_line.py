@@ -100,7 +100,7 @@ class SubmitLine:
         return bool(self._lost)
 
     def lane(self) -> Lane:
-        """A fresh one; write the job to it first."""
+        """A fresh one; `begin` it first."""
         number = next(self._numbers)
         lane = self._lanes[number] = Lane(self, number)
         if self._lost:                               # it ended since somebody looked

@@ -98,7 +98,10 @@ def _path(raw: Any) -> str:
     """Absolute, so that a child process with another working directory means the same place."""
     if not isinstance(raw, str | os.PathLike) or not str(raw) or "\0" in str(raw):
         raise ValueError("is not a path")
-    return str(Path(raw).expanduser().absolute())
+    try:
+        return str(Path(raw).expanduser().absolute())
+    except RuntimeError:
+        raise ValueError("begins with the home of somebody who is not known here") from None
 
 
 def _keys(raw: Any) -> Mapping[str, str]:

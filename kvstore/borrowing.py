@@ -120,7 +120,7 @@ class Banker:
         """Feed the borrower's core and carry out what it says. Returns the effects that are the engine's to apply."""
         assert self.book is not None
         if isinstance(event, StepBoundary) and not self.book.flips_waiting:
-            return []                                   # the engine comes twice a step: it would wake the timers each time
+            return []                                   # the engine comes every step: the timers would be woken each time
         with self._lock:
             effects = self._route(list(self.book.on(self._clock(), event)))
         return self._carry_out(effects)

@@ -3,7 +3,7 @@
     gateway --job--> | accepted, progress*, tokens*, done|failed|lost | --> gateway        a cancel may come at any time
 
 Forwards between lanes and the engine's inbox and events; decides nothing. What a stream's reader does takes no longer than
-it takes to check a job.
+it takes to check the jobs of a message.
 """
 
 from __future__ import annotations

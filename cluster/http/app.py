@@ -143,6 +143,7 @@ def error_body(error: KVBankError) -> dict[str, Any]:
 
 async def _answer_error(request: Request, error: KVBankError) -> Response:
     request.app.state.meters.refused(error.code)
+    error.__traceback__ = None           # a job keeps its error, and that would keep the frames of this request
     headers = {}
     if isinstance(error, Overloaded):
         headers["Retry-After"] = str(max(1, round(error.retry_after_s)))

@@ -7,7 +7,6 @@ never ignored.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from starlette.requests import Request
@@ -64,7 +63,7 @@ async def _begin(front: Front, body: dict[str, Any], tenant: str) -> Choices:
     echo = fields.flag("echo", False)
     if echo and wish.logprobs is not None:
         raise InvalidRequest("echo together with logprobs is not supported: the prompt's own log-probabilities are not kept")
-    said = [await asyncio.to_thread(front.intake.prompt_text, prompt) for prompt in prompts] if echo else [""] * len(prompts)
+    said = [await front.intake.prompt_text(prompt) for prompt in prompts] if echo else [""] * len(prompts)
     jobs = await submit(front, body, prompts, tenant, max_tokens=16, logprobs=wish.logprobs)
     echoes = [text for text in said for _ in range(len(jobs) // len(prompts))]
     return Choices(front, jobs, wish, _Text(front, echoes))

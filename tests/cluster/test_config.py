@@ -74,6 +74,7 @@ def test_the_environment_of_a_member_cannot_change_what_its_launcher_resolved(mo
     ({"device_blocks": True}, ["whole number"]),
     ({"device_blocks": None}, ["may not be empty"]),
     ({"device_blocks": "many"}, ["'many'", "whole number"]),
+    ({"tls_dir": "~nobody-by-that-name/x"}, ["tls_dir", "home"]),
     ({"span_tokens": 100}, ["vault.span_tokens 100 must be a multiple of block_size 16"]),
     ({"host_bytes": "256 MegaBytes"}, ["not a size", "256MiB"]),
     ({"host_bytes": -1}, ["negative"]),

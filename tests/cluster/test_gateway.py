@@ -308,3 +308,15 @@ def test_a_worker_that_stays_away_is_not_waited_for_for_ever(make_worker, make_s
     gone.kill()
     job = run(make_server(gone, limits={"suspect_s": 0.02, "no_worker_s": 0.3}).address)
     assert job["error"]["code"] == "unavailable" and "kvbank status" in job["error"]["message"]
+
+
+def test_a_job_that_failed_keeps_neither_its_prompt_nor_the_frames_of_who_read_it(make_worker, make_server) -> None:
+    """Its error is kept for an hour; with a traceback it kept the message to the worker and the body of the request."""
+    worker = make_worker("worker-0")
+    worker.failure = ("too_long", "no room")
+    server = make_server(worker)
+    for path, body in (("/v1/jobs", {"job_id": "a"}), ("/v1/completions", {"job_id": "b"})):
+        httpx.post(f"{server.address}{path}", json={"prompt": PROMPT, "max_tokens": 8, **body})
+    assert finished(server.address, "a")["error"]["code"] == finished(server.address, "b")["error"]["code"] == "too_long"
+    for job in server.gateway.everyones_jobs():
+        assert job.error is not None and job.error.__traceback__ is None and job.spec.prompt == b""

@@ -203,7 +203,8 @@ def test_completions_under_one_job_id_are_cancelled_by_the_last_to_leave(make_wo
 
 
 @pytest.mark.parametrize("field", [
-    {"echo": True, "logprobs": 0}, {"echo": "yes"}, {"logprobs": 50},
+    {"echo": True, "logprobs": 0}, {"echo": "yes"}, {"echo": True, "prompt": None}, {"echo": True, "prompt": []},
+    {"echo": True, "prompt": [{}]}, {"echo": True, "prompt": [-1]}, {"echo": True, "prompt": 5}, {"logprobs": 50},
     {"suffix": "x"}, {"best_of": 2}, {"presence_penalty": 1}, {"logit_bias": {"1": 2}},
     {"unknown": 1}, {"stream_options": 5}, {"stream_options": {"x": 1}}, {"n": 0}, {"n": 10**9}, {"n": True},
     {"prompt": ["a"] * 17}, {"prompt": ["a", 1]}, {"prompt": [[]]}, {"prompt": [[1], "a"]}, {"prompt": {}},

@@ -16,7 +16,7 @@ COMPAT = m.Compat(slot_bytes=64, numerics="cpu", model_digest="llama")
 
 
 def test_a_boundary_at_which_nothing_waits_wakes_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine comes twice a step. With the timers woken each time, their thread took the interpreter eleven times a step."""
+    """The engine comes every step. With the timers woken each time, their thread and the engine's fought for the interpreter."""
     book = DebtBook(ME)
     banker = Banker("me", ME, COMPAT, SimpleNamespace(close=lambda: None), RLock(), lambda: 0.0, book=book)
     woken: list[None] = []

@@ -1,0 +1,129 @@
+"""Attempts on one line, by a worker that says what the test says: what one of them meets is no other's business."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvbank.cluster.attempt import Attempt, Lost
+from kvbank.cluster.job import Job
+from kvbank.cluster.submit_line import SubmitLine
+from kvbank.errors import Cancelled
+from kvbank.proto import jobs_pb2 as pb
+
+DONE = pb.Done(finish_reason="length")
+
+
+class Call:
+    """A Submit stream without a wire."""
+
+    def __init__(self) -> None:
+        self.replies: asyncio.Queue[pb.SubmitReplies] = asyncio.Queue()
+        self.said: list[pb.SubmitRequest] = []
+
+    async def read(self) -> pb.SubmitReplies:
+        return await self.replies.get()
+
+    async def write(self, message: pb.SubmitRequests) -> None:
+        self.said += message.requests
+
+    def cancel(self) -> None:
+        pass
+
+    def answer(self, *replies: pb.SubmitReply) -> None:
+        self.replies.put_nowait(pb.SubmitReplies(replies=replies))
+
+
+def new_job() -> Job:
+    text: Any = SimpleNamespace(stopped=False, push=lambda ids: "x", finish=lambda: "")
+    spec: Any = SimpleNamespace(
+        prompt=b"", deadline_s=None, tenant="t", max_tokens=3, temperature=0.0, top_p=1.0, top_k=0, stop_token_ids=(),
+        ignore_eos=True, policy="", cache_salt="", logprobs=None)
+    return Job(id="a", wire_id="a", spec=spec, text=text, seed=1, age=1.0, created=0.0, started_at=0.0)
+
+
+def begin(line: SubmitLine, job: Job, *, on_tokens: Callable[[int], object] = lambda count: None,
+          silence_s: float = 30.0, grace_s: float = 30.0) -> tuple[Attempt, asyncio.Task[Lost | None]]:
+    attempt = Attempt(job, line.lane(), silence_s=silence_s, grace_s=grace_s, clock=lambda: 1.0, on_tokens=on_tokens,
+                      on_stop=lambda: None)
+    return attempt, asyncio.create_task(attempt.run())
+
+
+def token(lane: int, index: int, ids: bytes = bytes(4)) -> pb.SubmitReply:
+    return pb.SubmitReply(lane=lane, tokens=pb.Tokens(first_index=index, ids=ids))
+
+
+@pytest.mark.parametrize("trouble", [StopIteration, ValueError])
+def test_a_reply_that_cannot_be_taken_in_ends_its_job_and_no_other(trouble: type[Exception]) -> None:
+    def fail(_count: int) -> None:
+        raise trouble
+
+    async def play() -> None:
+        line, sound, odd = SubmitLine(call := Call(), channel=None), new_job(), new_job()
+        (_, broken), (_, malformed), (_, other) = begin(line, new_job(), on_tokens=fail), begin(line, odd), begin(line, sound)
+        await asyncio.sleep(0)
+        call.answer(token(1, 0), token(2, 0, b"abc"), token(3, 0), pb.SubmitReply(lane=3, done=DONE))
+        with pytest.raises(RuntimeError, match="could not be taken in") as caught:
+            await broken
+        assert isinstance(caught.value.__cause__, trouble)
+        with pytest.raises(RuntimeError, match="could not be taken in"):
+            await malformed
+        assert await other is None and sound.ids == [0] and not odd.ids and not line.over
+        line.close()
+
+    asyncio.run(play())
+
+
+def test_silence_is_counted_from_the_last_word() -> None:
+    async def play() -> None:
+        line, job = SubmitLine(call := Call(), channel=None), new_job()
+        now = asyncio.get_running_loop().time
+        (_, running), began = begin(line, job, silence_s=0.2), now()
+        for index in range(3):
+            await asyncio.sleep(0.1)
+            call.answer(token(1, index))
+        assert await running == Lost("silent") and now() - began >= 0.5
+        assert [request.WhichOneof("kind") for request in call.said] == ["job", "leave"] and not line.over
+        line.close()
+
+    asyncio.run(play())
+
+
+def test_a_job_that_is_asked_to_end_gets_its_receipt_or_the_grace_period() -> None:
+    async def play() -> None:
+        line = SubmitLine(call := Call(), channel=None)
+        for grace_s, lane in ((30.0, 1), (0.01, 2)):
+            job = new_job()
+            attempt, running = begin(line, job, grace_s=grace_s)
+            await asyncio.sleep(0)
+            job.ending = "client"
+            attempt.cancel("client")
+            if lane == 1:
+                call.answer(pb.SubmitReply(lane=1, failed=pb.Failed(code="cancelled", receipt=pb.Receipt(computed_tokens=7))))
+            with pytest.raises(Cancelled):
+                await running
+            assert job.receipt.get("computed_tokens", 0) == (7 if lane == 1 else 0)
+        line.close()
+
+    asyncio.run(play())
+
+
+def test_an_attempt_that_is_given_up_leaves_its_lane_and_the_line_to_others() -> None:
+    async def play() -> None:
+        line, sound = SubmitLine(call := Call(), channel=None), new_job()
+        (_, given_up), (_, other) = begin(line, new_job()), begin(line, sound)
+        await asyncio.sleep(0)
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        call.answer(token(1, 0), token(2, 0), pb.SubmitReply(lane=2, done=DONE))
+        assert await other is None and sound.ids == [0] and not line.over
+        line.close()
+        _, late = begin(line, new_job())
+        assert await late == Lost("closed", accepted=True)
+
+    asyncio.run(play())
