@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 TEXT = "text"
+SHORT, LONG = 1 / 8, 1.0                 # of a context's tokens: the answers that the footprint is told for
 
 
 def page(results: dict[str, Any]) -> str:
@@ -39,9 +40,9 @@ def _group(results: dict[str, Any], tasks: list[str], names: list[str]) -> list[
     """By falling budget; full attention first, then the controls in their order. Starred: not discriminative."""
     titles = [("×ppl " if task == TEXT else "") + task + ("\\*" if results["tasks"][task]["not_discriminative"] else "")
               for task in tasks]
-    lines = [f"| budget | policy | device B/token | host B/token | {' | '.join(titles)} | lift | KL | top-1 | output error "
-             "| decode tok/s |",
-             "|---" * (len(titles) + 9) + "|"]
+    lines = [f"| budget | policy | device B/token | host B/token | footprint | {' | '.join(titles)} | lift | KL | top-1 "
+             "| output error | decode tok/s |",
+             "|---" * (len(titles) + 10) + "|"]
     for budget in sorted({1.0, *results["config"]["budgets"]}, reverse=True):
         for name in names:
             rows = [row for row in results["rows"] if row["policy"] == name and row["budget"] == budget]
@@ -54,11 +55,22 @@ def _line(results: dict[str, Any], rows: list[dict[str, Any]], name: str, budget
     lifts = [row["lift"] for row in rows
              if row["lift"] is not None and row["task"] != TEXT and not results["tasks"][row["task"]]["not_discriminative"]]
     lift = f"{mean(lifts):.2f}" if lifts else ""
+    held = mean([row["device_bytes_per_token"] / _row(results, row["task"], "full", 1.0)["device_bytes_per_token"]
+                 for row in rows])
     speed = results["speed"].get(name, {}).get(f"{budget:g}")
     return (f"| {budget:.2%} | {name} | {mean([row['device_bytes_per_token'] for row in rows]):.0f} | "
-            f"{mean([row['host_bytes_per_token'] for row in rows]):.0f} | {' | '.join(_cell(row) for row in rows)} | {lift} | "
+            f"{mean([row['host_bytes_per_token'] for row in rows]):.0f} | "
+            f"{footprint(held, SHORT):.2f} to {footprint(held, LONG):.2f} | {' | '.join(_cell(row) for row in rows)} | {lift} | "
             f"{mean([row['kl'] for row in rows]):.3g} | {mean([row['agree'] for row in rows]):.1%} | "
             f"{mean([mean(row['output_error']) for row in rows]):.3g} | {speed or ''} |")
+
+
+def footprint(held: float, answer: float) -> float:
+    """Live KV bytes summed over every token that is computed, of the context and then of the answer, over full attention's.
+
+    held: bytes kept of the context, over all of them. answer: its tokens, over the context's. A context is computed whole.
+    """
+    return (1 + 2 * answer * held + answer**2) / (1 + answer) ** 2
 
 
 def _cell(row: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import torch
 from bench.needle.evaluate import wilson
 from bench.quality.score import Mark, Row, interval, mark, row, verdict
 from bench.quality.subject import Answered
+from bench.quality.table import footprint
 
 MARK = Mark(right=[True, False], kl=0.5, agree=0.5, nll=1.0, output_error=[0.25, 0.5], tokens=8, context=100,
             kept=25, needed=50, device_bytes=400.0, host_bytes=0.0)
@@ -99,3 +100,12 @@ def test_a_task_tells_only_with_full_attention_able_and_random_eviction_not() ->
     assert verdict(0.0, text, replace(text, ppl_ratio=1.5, ppl_low=1.2)) == ""
     assert "1.010" in verdict(0.0, text, replace(text, ppl_ratio=1.01, ppl_low=1.005))
     assert "1.500" in verdict(0.0, text, replace(text, ppl_ratio=1.5, ppl_low=0.9)), "too few pages to say"
+
+
+@pytest.mark.parametrize(("held", "answer"), [(1.0, 0.5), (0.25, 1 / 8), (0.0625, 1.0), (0.5, 3.0)])
+def test_the_footprint_is_the_sum_over_all_steps(held: float, answer: float) -> None:
+    context = 4000
+    computed = sum(range(context))
+    whole = computed + sum(context + step for step in range(round(answer * context)))
+    kept = computed + sum(held * context + step for step in range(round(answer * context)))
+    assert footprint(held, answer) == pytest.approx(kept / whole, abs=1e-3)
