@@ -109,7 +109,8 @@ def control(channel: grpc.Channel, name: str, answer: Any = None) -> Any:
 
 def submit(channel: grpc.Channel, job: jobs_pb2.Job, **options: Any) -> list[jobs_pb2.SubmitReply]:
     call = channel.stream_stream("/kvbank.Jobs/Submit", response_deserializer=jobs_pb2.SubmitReplies.FromString)
-    messages = call(iter([jobs_pb2.SubmitRequest(job=job).SerializeToString()]), timeout=5, **options)
+    message = jobs_pb2.SubmitRequests(requests=[jobs_pb2.SubmitRequest(job=job)])
+    messages = call(iter([message.SerializeToString()]), timeout=5, **options)
     return [reply for message in messages for reply in message.replies]
 
 
