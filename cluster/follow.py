@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from kvbank.cluster.job import Job
@@ -32,7 +33,7 @@ class Cursor:
     def __init__(self, job: Job, first: int = 0) -> None:
         """first: index of the first token that is told; the next one that comes if there are not so many yet."""
         self._job, self._at = job, min(first, len(job.ids))
-        self._tail_told = self.ended = False
+        self.ended = False
 
     def take(self) -> list[Piece]:
         """What came since, and END once the job is over."""
@@ -53,19 +54,20 @@ async def follow(jobs: Sequence[Job], first: int = 0, *, quiet_s: float) -> Asyn
     """(number of the job, what it said next) of all that came at once, until each has ended; an empty list when `quiet_s`
     passed or only progress changed."""
     cursors, news = [Cursor(job, first) for job in jobs], asyncio.Event()
+
+    def came() -> list[tuple[int, Piece]]:
+        return [(number, piece) for number, cursor in enumerate(cursors) for piece in cursor.take()]
+
     for job in jobs:
         job.watchers.add(news)
     try:
         while not all(cursor.ended for cursor in cursors):
             news.clear()
-            said = [(number, piece) for number, cursor in enumerate(cursors) for piece in cursor.take()]
-            if not said:
-                try:
+            if not (said := came()):
+                with suppress(TimeoutError):
                     async with asyncio.timeout(quiet_s):
                         await news.wait()
-                except TimeoutError:
-                    pass
-                said = [(number, piece) for number, cursor in enumerate(cursors) for piece in cursor.take()]
+                said = came()
             yield said
     finally:
         for job in jobs:

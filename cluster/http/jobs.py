@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from kvbank.cluster.follow import END, follow
 from kvbank.cluster.http.app import Front, error_body, query_number, read_body
-from kvbank.cluster.http.events import EventStream, event, unless_left
+from kvbank.cluster.http.events import KEEP_ALIVE, EventStream, event, unless_left
 from kvbank.cluster.http.routes import Routes
 from kvbank.cluster.job import Job
 from kvbank.errors import InvalidRequest
@@ -86,7 +86,7 @@ async def _events(job: Job, first: int, quiet_s: float) -> AsyncIterator[bytes]:
                 told = progress
                 yield event(progress, name="progress")
             elif not said:
-                yield b": keep-alive\n\n"
+                yield KEEP_ALIVE
     yield event(job_body(job), name="done")
 
 
