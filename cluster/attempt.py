@@ -93,12 +93,10 @@ class Attempt:
         self._heard_at = self._loop.time()
         try:
             self._heard(reply)
-        except KVBankError as error:
+        except StopIteration as error:               # no future takes one
+            self._outcome.set_exception(RuntimeError(f"a reply could not be taken in: {error!r}"))
+        except Exception as error:                   # the gateway logs what is no error of ours, and counts it with the job
             self._outcome.set_exception(error)
-        except Exception as error:                   # in a shell: no future takes a StopIteration
-            shell = RuntimeError("a reply could not be taken in")
-            shell.__cause__ = error
-            self._outcome.set_exception(shell)
 
     def lane_lost(self, reason: str) -> None:
         """Of the lane."""

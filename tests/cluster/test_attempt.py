@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -67,10 +68,11 @@ def test_a_reply_that_cannot_be_taken_in_ends_its_job_and_no_other(trouble: type
         (_, broken), (_, malformed), (_, other) = begin(line, new_job(), on_tokens=fail), begin(line, odd), begin(line, sound)
         await asyncio.sleep(0)
         call.answer(token(1, 0), token(2, 0, b"abc"), token(3, 0), pb.SubmitReply(lane=3, done=DONE))
-        with pytest.raises(RuntimeError, match="could not be taken in") as caught:
+        with pytest.raises(RuntimeError if trouble is StopIteration else trouble) as caught:
             await broken
-        assert isinstance(caught.value.__cause__, trouble)
-        with pytest.raises(RuntimeError, match="could not be taken in"):
+        frames = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+        assert trouble is StopIteration or frames[-1] == "fail", "the log tells where it happened"
+        with pytest.raises(ValueError, match="buffer size"):
             await malformed
         assert await other is None and sound.ids == [0] and not odd.ids and not line.over
         line.close()
@@ -79,15 +81,21 @@ def test_a_reply_that_cannot_be_taken_in_ends_its_job_and_no_other(trouble: type
 
 
 def test_silence_is_counted_from_the_last_word() -> None:
+    """By a clock that moves when the test says so: a slow machine is no silent worker."""
     async def play() -> None:
-        line, job = SubmitLine(call := Call(), channel=None), new_job()
-        now = asyncio.get_running_loop().time
-        (_, running), began = begin(line, job, silence_s=0.2), now()
+        line, job, now = SubmitLine(call := Call(), channel=None), new_job(), [0.0]
+        attempt, running = begin(line, job, silence_s=0.01)
+        attempt._loop, attempt._heard_at = SimpleNamespace(time=lambda: now[0]), 0.0
+        await asyncio.sleep(0)
         for index in range(3):
-            await asyncio.sleep(0.1)
+            now[0] += 0.009                          # not long enough
             call.answer(token(1, index))
-        assert await running == Lost("silent") and now() - began >= 0.5
-        assert [request.WhichOneof("kind") for request in call.said] == ["job", "leave"] and not line.over
+            while len(job.ids) == index:
+                await asyncio.sleep(0)
+        await asyncio.sleep(0.05)                    # the watch looks several times meanwhile
+        assert not running.done()
+        now[0] += 0.011
+        assert await running == Lost("silent") and not line.over
         line.close()
 
     asyncio.run(play())
