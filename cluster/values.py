@@ -100,7 +100,7 @@ def _path(raw: Any) -> str:
         raise ValueError("is not a path")
     try:
         return str(Path(raw).expanduser().absolute())
-    except RuntimeError:
+    except (RuntimeError, UnicodeError):
         raise ValueError("begins with the home of somebody who is not known here") from None
 
 

@@ -86,17 +86,23 @@ def read_wish(body: Mapping[str, Any], fields: Fields, prompts: int, logprobs: i
                 ids=fields.flag("return_token_ids", False), logprobs=logprobs)
 
 
+def check_count(front: Front, body: Mapping[str, Any], prompts: Sequence[Any]) -> int:
+    """Choices per prompt; before anything is done for a single one. Raises InvalidRequest."""
+    n: int = Fields(body).integer("n", 1, low=1, high=front.limits.choices)
+    if len(prompts) * n > front.limits.choices:
+        raise InvalidRequest(
+            f"{len(prompts)} prompts times n={n} is {len(prompts) * n} choices, at most {front.limits.choices} are served"
+        )
+    return n
+
+
 async def submit(
     front: Front, body: Mapping[str, Any], prompts: Sequence[Any], tenant: str, *, max_tokens: int,
     fitting: bool = False, logprobs: int | None,
 ) -> list[Job]:
     """Check each prompt and submit n jobs of it: all or none. max_tokens, fitting: see Intake.spec. Raises InvalidRequest,
     Overloaded."""
-    n = Fields(body).integer("n", 1, low=1, high=front.limits.choices)
-    if len(prompts) * n > front.limits.choices:
-        raise InvalidRequest(
-            f"{len(prompts)} prompts times n={n} is {len(prompts) * n} choices, at most {front.limits.choices} are served"
-        )
+    n = check_count(front, body, prompts)
     if body.get("job_id") is not None and len(prompts) * n > 1:
         raise InvalidRequest("job_id names one job: send one prompt and n=1")
     common = {name: body[name] for name in SPEC_FIELDS if name in body} | _max_tokens(body)

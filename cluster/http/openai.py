@@ -16,7 +16,7 @@ from kvbank.cluster.fields import Fields
 from kvbank.cluster.follow import Piece
 from kvbank.cluster.http import chat, choices, openapi, tokens
 from kvbank.cluster.http.app import Front, read_body
-from kvbank.cluster.http.choices import Choices, check, check_model, finish_reason, read_wish, respond, submit
+from kvbank.cluster.http.choices import Choices, check, check_count, check_model, finish_reason, read_wish, respond, submit
 from kvbank.cluster.http.logprobs import Offsets, completion_logprobs, wanted_by_completion
 from kvbank.cluster.http.routes import Routes
 from kvbank.cluster.job import Job
@@ -63,6 +63,7 @@ async def _begin(front: Front, body: dict[str, Any], tenant: str) -> Choices:
     echo = fields.flag("echo", False)
     if echo and wish.logprobs is not None:
         raise InvalidRequest("echo together with logprobs is not supported: the prompt's own log-probabilities are not kept")
+    check_count(front, body, prompts)
     said = [await front.intake.prompt_text(prompt) for prompt in prompts] if echo else [""] * len(prompts)
     jobs = await submit(front, body, prompts, tenant, max_tokens=16, logprobs=wish.logprobs)
     echoes = [text for text in said for _ in range(len(jobs) // len(prompts))]

@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from kvbank.cluster.http.server import GatewayServer
+from kvbank.cluster.intake import Intake
 from kvbank.errors import ConfigError
 
 PROMPT = [1, 2, 3]
@@ -558,3 +559,20 @@ def test_probes_may_call_this_gateway_what_they_like_and_nobody_else(make_worker
     headers = {"Host": "10.1.2.3:8080"}
     assert httpx.get(f"{address}/health", headers=headers).status_code == 200
     assert httpx.get(f"{address}/v1/models", headers=headers).status_code == 403
+
+
+def test_too_many_prompts_are_refused_before_one_is_read(make_worker, make_server, monkeypatch) -> None:
+    """Each would be tokenised for its echo: minutes of the gateway for a body of 8 MiB."""
+    address = make_server(make_worker("worker-0")).address
+    read: list[object] = []
+    real = Intake.prompt_text
+
+    async def prompt_text(intake: Intake, prompt: object) -> str:
+        read.append(prompt)
+        return await real(intake, prompt)
+
+    monkeypatch.setattr(Intake, "prompt_text", prompt_text)
+    for prompts, status in ((["a"] * 17, 400), (["a"] * 2, 200)):
+        body = {"prompt": prompts, "echo": True, "max_tokens": 2}
+        assert httpx.post(f"{address}/v1/completions", json=body).status_code == status
+    assert read == ["a", "a"]
