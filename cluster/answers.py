@@ -111,7 +111,7 @@ class JobStatus:
     output_tokens: int = 0
     attempt: int = 0                 # counted up when it moves to another worker
     worker: str = ""
-    phase: str = ""                  # queued | fetching | prefill | decode | waiting | parked
+    phase: str = ""                  # queued | fetching | prefill | decode | waiting | parked; empty once it is over
     computed: int = 0                # prompt tokens whose KV is there
     waits_for: str = ""              # slots | fetch | prefix | worker, while it waits
     created: float = 0.0             # Unix time

@@ -152,14 +152,16 @@ class Attempt:
             return False
         now, before = self._clock(), len(job.ids)
         ids = np.frombuffer(tokens.ids, dtype="<i4").tolist()
-        told = _logprobs(tokens, len(ids)) if tokens.logprobs else [None] * len(ids)
-        for token, logprob in zip(ids[skip:], told[skip:], strict=True):
+        likely = _logprobs(tokens, len(ids)) if tokens.logprobs else [None] * len(ids)
+        for token, logprob in zip(ids[skip:], likely[skip:], strict=True):
             job.take(token, now, logprob)
             if job.text.stopped:
                 self._on_stop()
                 break
         if len(job.ids) > before:
             job.enter("decode", now)
+            told = job.progress                      # the worker says it only where tokens are slow to come
+            told.state, told.waits_for, told.computed = "decode", "", told.total
         self._on_tokens(len(job.ids) - before)
         job.announce()
         return True

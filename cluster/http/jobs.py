@@ -109,6 +109,6 @@ def job_body(job: Job, *, brief: bool = False) -> dict[str, Any]:
 
 
 def _progress(job: Job) -> dict[str, Any]:
-    progress = job.progress
-    return {"state": progress.state, "computed": progress.computed, "total": progress.total,
-            "waits_for": progress.waits_for}
+    told = {"state": job.progress.state, "computed": job.progress.computed, "total": job.progress.total,
+            "waits_for": job.progress.waits_for}
+    return told | {"state": "", "waits_for": ""} if job.over else told

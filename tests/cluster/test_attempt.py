@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from kvbank.cluster.attempt import Attempt, Lost
+from kvbank.cluster.http.jobs import job_body
+from kvbank.cluster.intake import JobSpec
 from kvbank.cluster.job import Job
 from kvbank.cluster.submit_line import SubmitLine
 from kvbank.errors import Cancelled
@@ -41,9 +43,7 @@ class Call:
 
 def new_job() -> Job:
     text: Any = SimpleNamespace(stopped=False, push=lambda ids: "x", finish=lambda: "")
-    spec: Any = SimpleNamespace(
-        prompt=b"", deadline_s=None, tenant="t", max_tokens=3, temperature=0.0, top_p=1.0, top_k=0, stop_token_ids=(),
-        ignore_eos=True, policy="", cache_salt="", logprobs=None)
+    spec = JobSpec(tenant="t", prompt=b"", max_tokens=3)
     return Job(id="a", wire_id="a", spec=spec, text=text, seed=1, age=1.0, created=0.0, started_at=0.0)
 
 
@@ -115,6 +115,26 @@ def test_a_job_that_is_asked_to_end_gets_its_receipt_or_the_grace_period() -> No
             with pytest.raises(Cancelled):
                 await running
             assert job.receipt.get("computed_tokens", 0) == (7 if lane == 1 else 0)
+        line.close()
+
+    asyncio.run(play())
+
+
+def test_a_job_whose_tokens_come_is_decoding_and_one_that_is_over_is_in_no_phase() -> None:
+    """A quick job never hears of progress from its worker."""
+    async def play() -> None:
+        line, job = SubmitLine(call := Call(), channel=None), new_job()
+        job.progress.total = 40
+        _, running = begin(line, job)
+        await asyncio.sleep(0)
+        call.answer(pb.SubmitReply(lane=1, progress=pb.Progress(state="prefill", computed=8, total=40)), token(1, 0))
+        while not job.ids:
+            await asyncio.sleep(0)
+        assert job_body(job)["progress"] == {"state": "decode", "computed": 40, "total": 40, "waits_for": ""}
+        call.answer(pb.SubmitReply(lane=1, done=DONE))
+        await running
+        job.end(2.0)
+        assert job_body(job)["state"] == "finished" and job_body(job)["progress"]["state"] == ""
         line.close()
 
     asyncio.run(play())
