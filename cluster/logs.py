@@ -34,6 +34,7 @@ _PLAIN = re.compile(r"[^\s\"=\\\x00-\x1f\x7f]+")
 _WORDED_BY_US = (OSError, ConfigError, ModelError, Unavailable)
 _SHORTEST_SECRET = 4                 # masking shorter ones would mask everything else
 _FRAMES = 12
+_CAUSES = 16                         # a chain may be a ring
 _LONGEST = 2000                      # characters of one value
 
 log = logging.getLogger(__name__)
@@ -119,14 +120,27 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _raised(record: logging.LogRecord) -> Iterator[tuple[str, Any]]:
+    """The exception, and the one that all began with if that is another."""
     error = record.exc_info[1] if record.exc_info else None
     if error is None:
         return
-    yield "error_type", type(error).__name__
+    first = error
+    for _ in range(_CAUSES):
+        before = first.__cause__ or (None if first.__suppress_context__ else first.__context__)
+        if before is None:
+            break
+        first = before
+    yield from _one_of(error, "error_type", "error_text", "at")
+    if first is not error:
+        yield from _one_of(first, "cause_type", "cause_text", "cause_at")
+
+
+def _one_of(error: BaseException, kind: str, text: str, at: str) -> Iterator[tuple[str, Any]]:
+    yield kind, type(error).__name__
     if isinstance(error, _WORDED_BY_US):
-        yield "error_text", str(error)
+        yield text, str(error)
     frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
-    yield "at", " > ".join(f"{Path(frame.filename).name}:{frame.lineno}:{frame.name}" for frame in frames)
+    yield at, " > ".join(f"{Path(frame.filename).name}:{frame.lineno}:{frame.name}" for frame in frames)
 
 
 def _quoted(value: Any) -> str:

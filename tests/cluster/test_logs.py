@@ -77,6 +77,20 @@ def test_of_an_exception_only_the_type_and_the_way_are_told_unless_its_words_are
     assert len(lines()) == 3
 
 
+def test_what_an_exception_began_with_is_told_beside_it(written) -> None:
+    log, lines = written()
+    ring = KeyError("what the caller sent")
+    ring.__cause__ = ring
+    for cause, error in ((OSError("disk full"), RuntimeError("what the caller sent")), (None, ValueError()), (ring, TypeError())):
+        try:
+            raise error from cause
+        except Exception:
+            log.exception("engine_step_failed")
+    first, second, third = map(fields, lines())
+    assert first["error_type"] == "RuntimeError" and first["cause_type"] == "OSError" and first["cause_text"] == "disk full"
+    assert "cause_type" not in second and third["cause_type"] == "KeyError" and "caller" not in "".join(lines())
+
+
 def test_a_secret_is_masked_wherever_it_turns_up(written) -> None:
     config = {"token": "the-token", "cache_secret": "ab" * 32, "settings": {
         "api_keys": {"the-api-key": "a"}, "redis": "redis://:p%40ssword@127.0.0.1:6379/0", "cache_secret": None}}
