@@ -89,6 +89,8 @@ MEMBERS: tuple[Family, ...] = (
     _one(COUNTER, "attend_stale_total", "worker", "Spans asked for under a promise that was over", "attend_stale"),
     _one(COUNTER, "attend_tainted_total", "worker", "Lent spans whose bytes were no longer those that were sealed",
          "attend_tainted"),
+    _one(COUNTER, "logged_errors_total", "worker", "Errors in the log of the member's process, or of `gateway`'s: failures "
+         "that it survived", "logged_errors"),
 )
 
 LOANS: tuple[Family, ...] = (

@@ -7,6 +7,7 @@ the outcome. Changed only on the gateway's event loop; readers follow it with a 
 from __future__ import annotations
 
 import asyncio
+import logging
 import struct
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ import numpy as np
 from kvbank.cluster.intake import JobSpec
 from kvbank.cluster.timeline import REPLAYED, Timeline
 from kvbank.errors import KVBankError
+
+log = logging.getLogger(__name__)
 
 
 class TextStream(Protocol):
@@ -144,6 +147,7 @@ class Job:
         try:
             self.tail = self.text.finish()
         except Exception:                    # ids that are no tokens, of a broken worker: the job must end all the same
+            log.exception("text_not_finished job=%s", self.wire_id)
             self.tail = ""
         self.error, self.ended_at = error, now
         if error is not None:

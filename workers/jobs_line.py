@@ -8,6 +8,7 @@ with a lane's first other word: a message of its own would be sent while the eng
 
 from __future__ import annotations
 
+import logging
 import queue
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from kvbank.proto import jobs_pb2 as pb
 from kvbank.workers.engine import EngineEvent, Failed, Finished, Token
 from kvbank.workers.seams import BackendLost
 from kvbank.workers.sequence import JobSpec, Tally
+
+log = logging.getLogger(__name__)
 
 PROGRESS_S = 0.5
 TOKENS_A_REPLY = 512                         # with 20 likely tokens each they are 84 KB
@@ -153,7 +156,11 @@ class Line:
         return [pb.SubmitReply(lane=lane.number, accepted=pb.Accepted(worker=self._worker)), reply]
 
     def _last(self, lane: Lane, event: Finished | Failed) -> pb.SubmitReply:
-        receipt = self._receipt(event.tally, lane.spec, lane.outputs)
+        try:
+            receipt = self._receipt(event.tally, lane.spec, lane.outputs)
+        except Exception:                            # a count that no receipt can hold must not end the line, with all its jobs
+            log.exception("receipt_not_made job=%s", lane.spec.id)
+            receipt = pb.Receipt()
         if isinstance(event, Finished):
             return pb.SubmitReply(lane=lane.number, done=pb.Done(finish_reason=event.reason, receipt=receipt))
         if isinstance(event.error, BackendLost):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 from pathlib import Path
@@ -63,6 +64,21 @@ def test_a_counter_without_a_family_is_told_all_the_same() -> None:
     page_of = told(worker(counters={"brand_new": 5.0}, tiers=[tier(connects=9)]))
     assert page_of["kvbank_member_events_total", "worker-0", "brand_new"] == 5
     assert page_of["kvbank_tier_events_total", "worker-0", "redis", "connects"] == 9
+
+
+def test_errors_that_were_survived_are_counted_where_they_were_logged() -> None:
+    before = told()["kvbank_logged_errors_total", "gateway"]
+    log = logging.getLogger("kvbank.cluster.gateway")
+    log.warning("attempt_lost")
+    log.error("something_failed")
+    logging.getLogger("somebody.else").error("not ours")
+    try:
+        raise ValueError
+    except ValueError:
+        log.exception("job_internal_error job=%s", "j-1")
+    page_of = told(worker(counters={"logged_errors": 3.0}))
+    assert page_of["kvbank_logged_errors_total", "gateway"] == before + 2
+    assert page_of["kvbank_logged_errors_total", "worker-0"] == 3
 
 
 def test_what_has_not_happened_yet_is_0_but_a_silent_member_tells_nothing() -> None:

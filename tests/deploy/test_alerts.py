@@ -46,6 +46,8 @@ CASES = {
     "KvbankWorkerStuck": Case(
         {f'kvbank_member_jobs{{{WORKER},state="running"}}': "1x60", f"kvbank_member_steps_total{{{WORKER}}}": "7x60"},
         {f'kvbank_member_jobs{{{WORKER},state="running"}}': "1x60", f"kvbank_member_steps_total{{{WORKER}}}": "7+1x60"}),
+    "KvbankErrorsLogged": Case({f"kvbank_logged_errors_total{{{WORKER}}}": "0x55 1x5"},
+                               {f"kvbank_logged_errors_total{{{WORKER}}}": "1x60"}),
     "KvbankQueueNearlyFull": Case(
         {'kvbank_jobs{state="queued"}': "60x60", 'kvbank_jobs{state="running"}': "35x60", "kvbank_jobs_limit": "100x60"},
         {'kvbank_jobs{state="queued"}': "50x60", 'kvbank_jobs{state="running"}': "35x60", "kvbank_jobs_limit": "100x60"}),

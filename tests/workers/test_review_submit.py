@@ -279,3 +279,18 @@ def test_a_job_that_breaks_its_checks_is_its_own_trouble(alone, prompt, monkeypa
         replies = gateway.hear_to_the_end()
     assert [reply.failed.code for reply in replies if reply.lane == 1] == ["internal"]
     assert kinds(replies, 2)[-1] == "done"
+
+
+def test_a_receipt_that_cannot_be_made_costs_no_tokens_and_no_other_job(alone, prompt, caplog) -> None:
+    engine = alone()
+    jobs = service(engine)
+    real = jobs._receipt
+    jobs._receipt = lambda tally, spec, outputs: real(tally, spec, -1 if len(spec.prompt) > 100 else outputs)
+    gateway = Gateway(jobs, Call())
+    gateway.say(request(prompt(120), 1, max_tokens=3), request(prompt(20), 2, max_tokens=6))
+    gateway.say_no_more()
+    with running(engine, jobs):
+        replies = gateway.hear_to_the_end()
+    assert kinds(replies, 1)[-1] == kinds(replies, 2)[-1] == "done"
+    told = {reply.lane: reply.done.receipt.output_tokens for reply in replies if reply.WhichOneof("kind") == "done"}
+    assert told == {1: 0, 2: 6} and "receipt_not_made" in caplog.text
