@@ -266,7 +266,7 @@ class Gateway:
         except asyncio.CancelledError:
             self._close(job, Unavailable("the cluster is stopping"))
             raise
-        except Exception:
+        except Exception:                            # a bug must cost this job and no other
             log.exception("job_internal_error job=%s", job.wire_id)
             self._close(job, KVBankError("an internal error ended this job"))
         else:

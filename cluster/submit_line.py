@@ -140,7 +140,7 @@ class SubmitLine:
             lost = error.code().name.lower()
         except asyncio.CancelledError:               # the call was cancelled, or this task: the line is over either way
             lost = "call_cancelled"
-        except Exception:
+        except Exception:                            # without its reader the line would be silent for ever
             log.exception("submit_line_failed")
             lost = "bad_message"
         self._end(lost)

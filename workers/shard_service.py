@@ -90,7 +90,7 @@ class ShardService:
                 self.arrivals.put((session, unpack(data)))
         except ChainFormatError as error:
             session.end(str(error))
-        except Exception as error:
+        except Exception as error:                           # as in activate: the leader's call is over
             log.debug("lead ended error=%s", type(error).__name__)
         self._ended(session)
 
