@@ -145,6 +145,7 @@ class Member:
 
     def tell_ledger(self, event: Any) -> list[Any]:
         effects = self.ledger.on(self.world.now, event)
+        self.world.check_settled(event, effects)
         for effect in effects:
             self.carry_out(effect)
         self.set_timers()
@@ -477,6 +478,13 @@ class World:
             self.breach(f"RENEW took a loan that its borrower keeps: {effect.ref}")
         self.seen[f"revoked {effect.why}"] += 1
 
+    def check_settled(self, event: Any, effects: list[Any]) -> None:
+        """A Settle may only end what it names, for the one who sent it."""
+        settle = event.message if isinstance(event, m.Envelope) and isinstance(event.message, m.Settle) else None
+        for ref in (effect.ref for effect in effects if isinstance(effect, ev.Revoked) and effect.why == "settled"):
+            if settle is None or ref not in settle.refs or ref.borrower_boot != event.from_boot:
+                self.breach(f"SETTLED a loan that no Settle named: {ref}")
+
     def check_missing(self, before: list[m.Ref], book: DebtBook, effects: list[Any]) -> None:
         """What a Renewed makes a borrower give up must have ended at its lender."""
         after = frozenset(book.held())
@@ -733,6 +741,19 @@ class WithoutKnownWhenSent(DebtBook):
         loan.refs[ref] = -1
 
 
+class WithoutNamesInSettle(LoanLedger):
+    """A Settle ends what is in the slot, whoever has it by now."""
+
+    def on(self, now: float, event: Any) -> list[Any]:
+        if isinstance(event, m.Envelope) and isinstance(event.message, m.Settle):
+            effects: list[Any] = []
+            for ref in [slot.ref for ref in event.message.refs if (slot := self._lent.get(ref.slot)) is not None]:
+                settle = m.Settle((ref,), event.message.keep)
+                effects += super().on(now, m.Envelope(ref.borrower_boot, event.to_boot, settle))
+            return effects
+        return super().on(now, event)
+
+
 class WithoutLaw5(LoanLedger):
     """Lends although it owes."""
 
@@ -745,12 +766,14 @@ class WithoutLaw5(LoanLedger):
     ({"ledger_type": WithoutNames}, "WRONG BYTES"),
     ({"ledger_type": WithoutDigests}, "WRONG BYTES attended"),
     ({"ledger_type": WithoutUpto}, "RENEW took"),
+    ({"ledger_type": WithoutNamesInSettle}, "SETTLED"),
     ({"book_type": WithoutKnownWhenSent}, "RENEWED ended"),
     ({"ledger_type": WithoutLaw5, "peers": True}, "LAW 5"),
-], ids=["pins", "names", "digests", "upto", "known when sent", "law 5"])
+], ids=["pins", "names", "digests", "upto", "settle", "known when sent", "law 5"])
 def test_without_one_rule_the_same_walks_find_the_breach(broken: dict[str, Any], wanted: str) -> None:
     for seed in range(200):
-        found = World(seed, blind_to=("FENCED", "CONSERVED"), **broken).walk(40.0).breaches
+        blind_to = tuple({"FENCED", "CONSERVED", "SETTLED"} - {wanted})
+        found = World(seed, blind_to=blind_to, **broken).walk(40.0).breaches
         if any(wanted in breach for breach in found):
             print(f"found in walk {seed}: {found[0]}")
             return
