@@ -28,6 +28,7 @@ ACT_S = 5.0                          # a member that has not answered by then is
 PIN_S = 600.0                        # how long a pin lasts that names no term
 MAX_AUDIT = 200
 ACTIONS = ("drain", "undrain", "recall", "clear")
+_HOST_ONLY = ops_pb2.OpsRequest(clear=ops_pb2.ClearCaches(host=True))
 
 
 class Roster(Protocol):
@@ -64,6 +65,9 @@ class Ops:
 
     async def _act(self, member: str, action: str) -> str:
         reply = await self._ask(member, _request(action))
+        if action == "clear":
+            for shard in self._followers(member):    # each keeps its own part of what was parked
+                reply.frames += (await self._ask(shard, _HOST_ONLY)).frames
         return {"drain": f"{reply.blocks} lent blocks called back", "undrain": "takes jobs and lends again",
                 "recall": f"{reply.blocks} lent blocks called back",
                 "clear": f"{reply.blocks} idle blocks and {reply.frames} host frames dropped"}[action]
@@ -82,6 +86,12 @@ class Ops:
             return f"{reply.blocks} blocks unpinned"
         more = f"; {reply.left_out} more would be over half of the vault" if reply.left_out else ""
         return f"{reply.blocks} blocks pinned for {term_s} s{more}"
+
+    def _followers(self, leader: str) -> list[str]:
+        """The other shards of its replica, if it has any."""
+        models = [view.member for view in self._roster.members if view.member.kind == "model"]
+        replicas = {one.replica for one in models if one.id == leader}
+        return [one.id for one in models if one.replica in replicas and one.shard]
 
     async def _ask(self, member: str, request: ops_pb2.OpsRequest) -> ops_pb2.OpsReply:
         address = next((view.member.address for view in self._roster.members

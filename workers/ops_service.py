@@ -44,7 +44,7 @@ class OpsService:
     def act(self, request: pb.OpsRequest) -> pb.OpsReply:
         """Do what is asked; a refusal is an `error` in the reply."""
         kind = request.WhichOneof("kind")
-        if not self._leads:
+        if not self._leads and (kind != "clear" or request.clear.device):
             return pb.OpsReply(error="this shard follows: ask the leading shard of its replica")
         reply = pb.OpsReply(error="this member does not know that action: it may run another version")
         if kind == "draining":

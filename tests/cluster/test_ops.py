@@ -70,6 +70,21 @@ def test_an_action_reaches_its_member_and_is_recorded(ops, links, caplog, action
     assert f"action={action}" in caplog.text and "who=key-12ab" in caplog.text
 
 
+def test_every_shard_of_a_replica_empties_its_shelf(links) -> None:
+    models = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    members = [MemberView(member=Member(id=f"worker-{replica}" + (f".{shard}" if shard else ""), kind="model", replica=replica,
+                                        shard=shard, address=f"host:{replica}{shard}")) for replica, shard in models]
+    members.append(MemberView(member=Member(id="lender-0", kind="lender", address="host:9")))
+    ops = Ops(SimpleNamespace(members=members), links)
+    assert act(ops, "worker-1", "clear")["outcome"] == "24 idle blocks and 6 host frames dropped"
+    assert [(address, request.clear.device, request.clear.host) for address, request in links.asked] == [
+        ("host:10", True, True), ("host:11", False, True)]
+    links.asked.clear()
+    act(ops, "lender-0", "clear")
+    act(ops, "worker-0", "recall")
+    assert [address for address, _ in links.asked] == ["host:9", "host:00"]
+
+
 def test_what_did_not_work_is_told_without_addresses_and_recorded_too(ops, links) -> None:
     with pytest.raises(NotFound):
         act(ops, "gateway", "drain")

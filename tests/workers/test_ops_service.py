@@ -123,8 +123,10 @@ def test_a_pin_says_what_it_covers_and_why_it_covers_nothing(member) -> None:
     assert member.vault.num_pinned == 0 and member.vault.check() == []
 
 
-@pytest.mark.parametrize("request_", [pb.OpsRequest(), pb.OpsRequest(recall=pb.RecallLoans())])
+@pytest.mark.parametrize("request_", [pb.OpsRequest(), pb.OpsRequest(recall=pb.RecallLoans()),
+                                      pb.OpsRequest(clear=pb.ClearCaches(device=True, host=True))])
 def test_a_follower_and_an_unknown_action_are_refused_in_words(member, request_) -> None:
     follower = OpsService(member.banker, member.vault, lambda: None, blocks_per_span=8, leads=False)
     assert "leading shard" in follower.act(request_).error
+    assert follower.act(pb.OpsRequest(clear=pb.ClearCaches(host=True))) == pb.OpsReply(), "its shelf is its own"
     assert member.ops.act(pb.OpsRequest()).error != ""
