@@ -18,17 +18,18 @@ import logging
 import secrets
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from kvbank.cluster.attempt import Attempt, Lost, ending_error, receipt_body
+from kvbank.cluster.dispatch import Choose, Dispatch, Members, Process
 from kvbank.cluster.intake import JobSpec
 from kvbank.cluster.job import Job, SpanKeys, TextStream
 from kvbank.cluster.links import Links
 from kvbank.cluster.meters import Meters
 from kvbank.cluster.quotas import Quotas
-from kvbank.cluster.roster import RecentPrefixes, Worker
+from kvbank.cluster.roster import Worker
 from kvbank.cluster.traced import TracedJobs
 from kvbank.errors import InvalidRequest, KVBankError, NotFound, Overloaded, Unavailable
 from kvbank.proto import jobs_pb2
@@ -53,20 +54,6 @@ class GatewayLimits:
     no_worker_s: float = 30.0        # a job without any worker to go to waits that long
     suspect_s: float = 1.0           # a worker that lost a job gets none of ours for that long
     fruitless: int = 3               # workers lost in a row while they had the job, without a token: it is given up
-
-
-class Choose(Protocol):
-    """Placement: which of these workers should run a job of `tokens` prompt tokens."""
-
-    def __call__(self, workers: Sequence[Worker], held_blocks: Mapping[str, int], tokens: int) -> str | None: ...
-
-
-class Members(Protocol):
-    """What the gateway asks of the roster."""
-
-    def workers(self) -> list[Worker]: ...
-    async def holders(self, keys: bytes) -> dict[str, int]: ...
-    def on_change(self, listener: Callable[[], None]) -> None: ...
 
 
 class Observer(Protocol):
@@ -103,7 +90,6 @@ class Gateway:
         self.traced = traced
         self._roster = roster
         self._links = links
-        self._choose = choose
         self._open_text = open_text
         self._block_keys = block_keys
         self._blocks_per_span = blocks_per_span
@@ -113,16 +99,13 @@ class Gateway:
         self._over: OrderedDict[tuple[str, str], float] = OrderedDict()   # retained ones by when they ended
         self._tasks: set[asyncio.Task[None]] = set()
         self._pinnable: deque[Job] = deque()         # the last ones that are over
-        self._lanes: dict[str, int] = {}             # address -> attempts there
-        self._pending: dict[str, int] = {}           # worker id -> prompt tokens sent there without a first token yet
-        self._suspects: dict[tuple[str, bytes], float] = {}
-        self._recent = RecentPrefixes()
-        self._room = asyncio.Event()                 # a lane came free or the members changed
+        self._dispatch = Dispatch(roster, choose, lanes_per_worker=self.limits.lanes_per_worker, clock=clock,
+                                  suspect_s=self.limits.suspect_s, no_worker_s=self.limits.no_worker_s)
         self._quotas = Quotas(jobs=self.limits.tenant_jobs, tokens_per_s=self.limits.tenant_tokens_per_s)
         self._last_age = 0.0
         self._stopping = False
         self.observers: list[Observer] = []
-        roster.on_change(self._members_changed)
+        roster.on_change(self._let_go)
 
     # ------------------------------------------------------------------ what callers do
 
@@ -291,14 +274,15 @@ class Gateway:
     async def _serve(self, job: Job) -> None:
         """Attempt after attempt until one settles the job. Raises the error that ends it."""
         fruitless = 0
-        refused: set[tuple[str, bytes]] = set()      # processes that said no to this job
+        refused: set[Process] = set()                # said no to this job
         while True:
-            worker = await self._next_worker(job, refused)
+            worker = await self._dispatch.next_worker(job, refused)
             before = len(job.ids)
             lost = await self._attempt(job, worker)
             if lost is None:
                 return
-            self._check_ending(job)
+            if job.ending:
+                raise ending_error(job)
             if self._complete(job):                  # only the last word of the attempt was lost
                 return
             self.meters.lost(lost.reason)
@@ -312,7 +296,7 @@ class Gateway:
                 if refused >= {(w.id, w.boot) for w in self._roster.workers()}:
                     raise lost.refusal
                 continue
-            self._suspect(worker)
+            self._dispatch.suspect(worker)
             if not lost.accepted:                    # nobody at home: that says nothing about the job
                 continue
             job.homeless_since = self._clock()
@@ -330,63 +314,10 @@ class Gateway:
             job.finish_reason = "length"
         return bool(job.finish_reason)
 
-    def _suspect(self, worker: Worker) -> None:
-        now = self._clock()
-        self._suspects = {name: until for name, until in self._suspects.items() if until > now}
-        self._suspects[(worker.id, worker.boot)] = now + self.limits.suspect_s
-
-    async def _next_worker(self, job: Job, refused: set[tuple[str, bytes]]) -> Worker:
-        """Wait for a worker with a free lane. Raises Unavailable when there is none to wait for."""
-        while True:
-            self._check_ending(job)
-            self._room.clear()
-            alive = [w for w in self._roster.workers() if (w.id, w.boot) not in refused]
-            trusted = [w for w in alive if self._suspects.get((w.id, w.boot), 0.0) <= self._clock()]
-            free = [w for w in trusted if self._lanes.get(w.address, 0) < self.limits.lanes_per_worker]
-            if free and (chosen := await self._place(job, free)) is not None:
-                return chosen
-            if trusted:                              # all lanes are taken: they come free as jobs end
-                job.homeless_since = self._clock()
-            elif self._clock() >= job.homeless_since + self.limits.no_worker_s:
-                raise Unavailable(
-                    f"no model worker could be reached for {self.limits.no_worker_s:g} s; see `kvbank status`"
-                )
-            await self._wait_for_room(job)
-
-    async def _place(self, job: Job, free: list[Worker]) -> Worker | None:
-        if len(free) == 1:
-            return free[0]
-        held = await self._roster.holders(job.keys)
-        for worker in free:
-            held[worker.id] = max(held.get(worker.id, 0), self._recent.leading(job.keys, worker))
-        seen = [self._with_pending(worker) for worker in free]
-        chosen = self._choose(seen, held, job.prompt_tokens)
-        return next((w for w in free if w.id == chosen), None)
-
-    def _with_pending(self, worker: Worker) -> Worker:
-        """The worker's own report is up to a heartbeat old; what we sent it since weighs as well."""
-        pending = max(worker.tokens_pending, self._pending.get(worker.id, 0))
-        running = max(worker.jobs_running, self._lanes.get(worker.address, 0) - worker.jobs_waiting)
-        return replace(worker, tokens_pending=pending, jobs_running=running)
-
-    async def _wait_for_room(self, job: Job) -> None:
-        """Until a lane comes free, the members change, the job is asked to end, or a moment passes."""
-        waits = [asyncio.ensure_future(self._room.wait()), asyncio.ensure_future(job.wake.wait())]
-        try:
-            await asyncio.wait(waits, timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-
-    def _check_ending(self, job: Job) -> None:
-        if job.ending:
-            raise ending_error(job)
-
-    def _members_changed(self) -> None:
-        self._room.set()
-        used = {address for address, lanes in self._lanes.items() if lanes}
+    def _let_go(self) -> None:
+        """The members changed: channels to those that left are closed, unless jobs still end there."""
         known = {worker.address for worker in self._roster.workers()}
-        task = asyncio.ensure_future(self._links.forget(used | known, purpose="submit"))
+        task = asyncio.ensure_future(self._links.forget(self._dispatch.used() | known, purpose="submit"))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -396,33 +327,24 @@ class Gateway:
         job.worker = worker.id
         job.progress.state, job.progress.waits_for = "queued", ""
         job.enter("queued", self._clock())
-        self._recent.note(job.keys, worker)
-        owed = job.prompt_tokens                     # until its first token, the prompt is work that waits there
-        self._lanes[worker.address] = self._lanes.get(worker.address, 0) + 1
-        self._pending[worker.id] = self._pending.get(worker.id, 0) + owed
+        with self._dispatch.lane(job, worker) as settle:
+            def on_tokens(count: int) -> None:
+                settle()
+                self.meters.tokens(job, count, now=self._clock())
+                for observer in self.observers:
+                    observer.tokens(count)
 
-        def on_tokens(count: int) -> None:
-            nonlocal owed
-            self._pending[worker.id] -= owed
-            owed = 0
-            self.meters.tokens(job, count, now=self._clock())
-            for observer in self.observers:
-                observer.tokens(count)
-
-        span = self.traced.attempt(job, worker.id) if self.traced is not None else None
-        attempt = Attempt(
-            job, self._links.submit(worker.address), silence_s=self.limits.silence_s, grace_s=self.limits.grace_s,
-            clock=self._clock, on_tokens=on_tokens, on_stop=lambda: self._end(job, "stop"),
-            trace=span.parent if span is not None else "",
-        )
-        try:
-            return await attempt.run()
-        finally:
-            if span is not None:
-                span.end(output_tokens=len(job.ids))
-            self._lanes[worker.address] -= 1
-            self._pending[worker.id] -= owed
-            self._room.set()
+            span = self.traced.attempt(job, worker.id) if self.traced is not None else None
+            attempt = Attempt(
+                job, self._links.submit(worker.address), silence_s=self.limits.silence_s, grace_s=self.limits.grace_s,
+                clock=self._clock, on_tokens=on_tokens, on_stop=lambda: self._end(job, "stop"),
+                trace=span.parent if span is not None else "",
+            )
+            try:
+                return await attempt.run()
+            finally:
+                if span is not None:
+                    span.end(output_tokens=len(job.ids))
 
     def _end(self, job: Job, reason: str) -> None:
         """Begin to end a job, wherever it is."""

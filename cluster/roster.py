@@ -1,15 +1,13 @@
 """Roster: who serves jobs now, and who holds which prefix, as far as the gateway knows.
 
 The control plane is asked twice a second; when it is silent the last answer stays in use, because a job needs a worker
-and not a control plane. What the gateway itself sent where it remembers too: the directory lags by a heartbeat, and two
-jobs with one prefix must meet on one worker.
+and not a control plane.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,7 +18,6 @@ from kvbank.proto.control_pb2 import MemberView
 
 log = logging.getLogger(__name__)
 
-KEY_BYTES = 32
 SILENT_S = 3.0                       # a member that long without a heartbeat gets no new jobs
 
 
@@ -128,28 +125,3 @@ def _worker(view: MemberView) -> Worker:
         jobs_running=report.jobs_running, jobs_waiting=report.jobs_waiting, tokens_pending=report.tokens_pending,
         slots_free=report.slots_free, slots_total=member.slots_total,
     )
-
-
-class RecentPrefixes:
-    """Which worker was sent which block last; bounded, oldest forgotten first."""
-
-    def __init__(self, limit: int = 1 << 16) -> None:
-        self._limit = limit
-        self._sent: OrderedDict[bytes, tuple[str, bytes]] = OrderedDict()
-
-    def note(self, keys: bytes, worker: Worker) -> None:
-        for at in range(0, len(keys), KEY_BYTES):
-            key = keys[at:at + KEY_BYTES]
-            self._sent[key] = (worker.id, worker.boot)
-            self._sent.move_to_end(key)
-        while len(self._sent) > self._limit:
-            self._sent.popitem(last=False)
-
-    def leading(self, keys: bytes, worker: Worker) -> int:
-        """How many leading blocks of `keys` this very process of the worker was sent."""
-        count = 0
-        for at in range(0, len(keys), KEY_BYTES):
-            if self._sent.get(keys[at:at + KEY_BYTES]) != (worker.id, worker.boot):
-                break
-            count += 1
-        return count

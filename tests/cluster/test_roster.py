@@ -10,7 +10,7 @@ import pytest
 
 from kvbank.cluster.http.server import capacity_tokens
 from kvbank.cluster.links import Links
-from kvbank.cluster.roster import RecentPrefixes, Roster, Worker
+from kvbank.cluster.roster import Roster
 from kvbank.cluster.survey import Survey
 from kvbank.kvstore.transport import rpc
 from kvbank.proto import control_pb2 as pb
@@ -120,15 +120,6 @@ def test_listeners_hear_of_changes_only(control: FakeControl) -> None:
 
     ask(control, change)
     assert len(heard) == 2
-
-
-def test_recent_prefixes_know_the_process_and_forget_the_oldest() -> None:
-    recent, keys = RecentPrefixes(limit=6), b"".join(KEYS)
-    first, again = (Worker(id="worker-0", boot=boot, address="") for boot in (b"1", b"2"))
-    recent.note(keys[:4 * 32], first)
-    assert recent.leading(keys, first) == 4 and recent.leading(keys, again) == 0
-    recent.note(b"".join(bytes([n]) * 32 for n in (100, 101, 102)), first)
-    assert recent.leading(keys, first) == 0          # its first block was the oldest of seven
 
 
 def test_members_that_do_not_answer_are_shown_as_last_heard(control: FakeControl) -> None:
