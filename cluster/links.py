@@ -6,6 +6,10 @@ travel on separate connections.
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -18,14 +22,24 @@ from kvbank.proto import control_pb2, jobs_pb2, ops_pb2
 Reply = TypeVar("Reply", bound=Message)
 
 
+@dataclass(frozen=True, slots=True)
+class _Older:
+    """A channel that was made before the certificates were renewed, and the line that jobs may still be on."""
+
+    channel: Any
+    line: SubmitLine | None
+    retired_at: float
+
+
 class Links:
     """Opens calls to members. A peer is addressed as membership gave it, never as a request did."""
 
-    def __init__(self, badge: Badge | str) -> None:
-        self._badge = Badge.of(badge)
+    def __init__(self, badge: Badge | str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._badge, self._clock = Badge.of(badge), clock
         self._channels: dict[tuple[str, str], Any] = {}
         self._stamps: dict[tuple[str, str], tuple[int, ...]] = {}    # of the certificates that each was made with
-        self._older: dict[tuple[str, str], list[Any]] = {}
+        self._older: dict[tuple[str, str], list[_Older]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._lines: dict[str, SubmitLine] = {}
 
     def submit(self, address: str) -> Lane:
@@ -70,13 +84,31 @@ class Links:
         return answer
 
     def _channel(self, address: str, purpose: str) -> Any:
-        """One that was made before the certificates were renewed is used for nothing new; what is open on it goes on."""
+        """One that was made before the certificates were renewed is used for nothing new; what is open on it goes on, and
+        then it is closed."""
+        if self._older:
+            self._close_unused()
         key, stamp = (address, purpose), self._badge.stamp()
         if key in self._channels and stamp and self._stamps[key] != stamp:
-            self._older.setdefault(key, []).append(self._channels.pop(key)[0])
+            line = self._lines.get(address) if purpose == "submit" else None
+            self._older.setdefault(key, []).append(_Older(self._channels.pop(key)[0], line, self._clock()))
         if key not in self._channels:
             self._channels[key], self._stamps[key] = rpc.aio_channel(address, self._badge), stamp
         return self._channels[key]
+
+    def _close_unused(self) -> None:
+        """Of the older ones. Other calls than Submit have deadlines, and are over long before."""
+        latest = self._clock() - rpc.RETIRED_S
+        for key, older in list(self._older.items()):
+            kept = [one for one in older if one.retired_at > latest or (one.line is not None and not one.line.over)]
+            for one in older:
+                if one not in kept:
+                    task = asyncio.ensure_future(one.channel.close())
+                    self._closing.add(task)
+                    task.add_done_callback(self._closing.discard)
+            self._older[key] = kept
+            if not kept:
+                del self._older[key]
 
     async def forget(self, alive: set[str], *, purpose: str | None = None) -> None:
         """Close the channels (of one purpose, or all) to addresses that nobody uses any more."""
@@ -86,8 +118,8 @@ class Links:
         for key in gone:
             channel, _ = self._channels.pop(key)
             del self._stamps[key]
-            for one in (channel, *self._older.pop(key, ())):
-                await one.close()
+            for each in (channel, *(one.channel for one in self._older.pop(key, ()))):
+                await each.close()
 
     async def close(self) -> None:
         await self.forget(set())

@@ -8,8 +8,10 @@ without a serializer.
 from __future__ import annotations
 
 import hmac
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,6 +23,7 @@ from kvbank.kvstore.transport.badge import NAME, Badge
 
 TOKEN_KEY = "kvbank-token"
 MAX_MESSAGE_BYTES = 4 << 20
+RETIRED_S = 60.0                     # a channel made before a renewal is closed after that, if no call is open on it
 PIECE_BYTES = 1 << 20                # bulk bytes per message: the best grpcio does on one stream
 
 _COMMON = [
@@ -123,22 +126,35 @@ def bind(made: grpc.Server, address: str) -> int:
 
 def channel(address: str, badge: Badge | str) -> grpc.Channel:
     """A channel to one peer; every call on it carries the cluster token. Raises ConfigError."""
-    badge = Badge.of(badge)
-    credentials = badge.channel_credentials()
+    return _connect(address, Badge.of(badge)).channel
+
+
+@dataclass(slots=True)
+class _Connection:
+    """A channel, the certificates that it was made with, and the calls that are open on it."""
+
+    channel: grpc.Channel
+    calls: _Calls
+    stamp: tuple[int, ...]
+    retired_at: float = 0.0              # when newer certificates took its place
+
+
+def _connect(address: str, badge: Badge) -> _Connection:
+    stamp, credentials, calls = badge.stamp(), badge.channel_credentials(), _Calls(badge.token)
     made = (grpc.insecure_channel(address, options=_CHANNEL) if credentials is None
             else grpc.secure_channel(address, credentials, options=_SECURE))
-    return grpc.intercept_channel(made, _Token(badge.token))
+    return _Connection(grpc.intercept_channel(made, calls), calls, stamp)
 
 
 class Channels:
-    """Channels by address. One that was made before the certificates were renewed is used no more for anything new, and
-    closed with its address: what is open on it goes on. Thread-safe."""
+    """Channels by address. One that was made before the certificates were renewed is used no more for anything new: what is
+    open on it goes on, and it is closed once nothing is. Thread-safe."""
 
-    def __init__(self, badge: Badge | str) -> None:
-        self._badge = Badge.of(badge)
+    def __init__(self, badge: Badge | str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._badge, self._clock = Badge.of(badge), clock
         self._lock = Lock()
-        self._made: dict[str, tuple[tuple[int, ...], grpc.Channel]] = {}
-        self._older: dict[str, list[grpc.Channel]] = {}
+        self._made: dict[str, _Connection] = {}
+        self._older: dict[str, list[_Connection]] = {}
         self._closed = False
 
     def to(self, address: str) -> grpc.Channel:
@@ -147,21 +163,25 @@ class Channels:
         with self._lock:
             if self._closed:
                 raise ValueError("these channels are closed")
+            over = self._over() if self._older else []
             found = self._made.get(address)
-            if found is not None and (found[0] == stamp or not stamp):
-                return found[1]
-            if found is not None:
-                self._older.setdefault(address, []).append(found[1])
-            self._made[address] = (stamp, channel(address, self._badge))
-            return self._made[address][1]
+            if found is None or (stamp and found.stamp != stamp):
+                made = _connect(address, self._badge)
+                if found is not None:
+                    found.retired_at = self._clock()
+                    self._older.setdefault(address, []).append(found)
+                found = self._made[address] = made
+        for one in over:
+            one.close()
+        return found.channel
 
     def take(self, address: str) -> list[grpc.Channel]:
         """All to that address, for the caller to close: whoever asks from now on gets a new one."""
         with self._lock:
             ended = self._older.pop(address, [])
             if (found := self._made.pop(address, None)) is not None:
-                ended.append(found[1])
-        return ended
+                ended.append(found)
+        return [one.channel for one in ended]
 
     def close(self) -> None:
         """Close all; no new ones are made."""
@@ -170,6 +190,16 @@ class Channels:
         for address in addresses:
             for one in self.take(address):
                 one.close()
+
+    def _over(self) -> list[grpc.Channel]:
+        """Older ones with nothing on them; whoever got one has begun his call by now."""
+        latest, over = self._clock() - RETIRED_S, []
+        for address, older in list(self._older.items()):
+            over += [one.channel for one in older if one.retired_at <= latest and not one.calls.open]
+            self._older[address] = [one for one in older if one.channel not in over]
+            if not self._older[address]:
+                del self._older[address]
+        return over
 
 
 def aio_channel(address: str, badge: Badge | str) -> tuple[grpc.aio.Channel, tuple[tuple[str, str], ...]]:
@@ -191,24 +221,39 @@ class _Call(grpc.ClientCallDetails):
         self.compression = getattr(details, "compression", None)
 
 
-class _Token(
+class _Calls(
     grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor,
     grpc.StreamUnaryClientInterceptor, grpc.StreamStreamClientInterceptor,
 ):
+    """Adds the token to each call of a channel, and counts those that are open."""
+
     def __init__(self, token: str) -> None:
         self._pair = (TOKEN_KEY, token)
+        self._lock = Lock()
+        self.open = 0
 
-    def _with_token(self, details: grpc.ClientCallDetails) -> _Call:
-        return _Call(details, (*(details.metadata or ()), self._pair))
+    def _begin(self, continuation: Any, details: Any, request: Any) -> Any:
+        self._count(1)
+        try:
+            call = continuation(_Call(details, (*(details.metadata or ()), self._pair)), request)
+        except BaseException:
+            self._count(-1)
+            raise
+        call.add_done_callback(lambda _: self._count(-1))
+        return call
+
+    def _count(self, more: int) -> None:
+        with self._lock:
+            self.open += more
 
     def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        return continuation(self._with_token(details), request)
+        return self._begin(continuation, details, request)
 
     def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
-        return continuation(self._with_token(details), request)
+        return self._begin(continuation, details, request)
 
     def intercept_stream_unary(self, continuation: Any, details: Any, requests: Iterator[Any]) -> Any:
-        return continuation(self._with_token(details), requests)
+        return self._begin(continuation, details, requests)
 
     def intercept_stream_stream(self, continuation: Any, details: Any, requests: Iterator[Any]) -> Any:
-        return continuation(self._with_token(details), requests)
+        return self._begin(continuation, details, requests)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from array import array
 
+import grpc
 import pytest
 
 from kvbank.cluster.links import Links
 from kvbank.cluster.submit_line import Lane
+from kvbank.kvstore.transport import rpc
+from kvbank.kvstore.transport.badge import Badge
 from kvbank.proto import jobs_pb2 as pb
 
 TOKEN = "ab" * 16
@@ -143,16 +146,19 @@ def test_the_wrong_token_is_heard_as_such(make_worker) -> None:
     assert not worker.seen
 
 
-def test_after_the_certificates_were_renewed_old_lanes_go_on_and_new_ones_get_a_new_stream(make_worker, answer_of) -> None:
+def test_after_the_certificates_were_renewed_old_lanes_go_on_and_new_ones_get_a_new_stream(
+        make_worker, answer_of, monkeypatch) -> None:
     worker = make_worker("worker-0")
     worker.token_s = 0.02
+    stamps = [(1,)]
+    monkeypatch.setattr(Badge, "stamp", lambda _badge: stamps[-1])
 
     async def play() -> None:
         links = Links(TOKEN)
         old = Attempt(links.submit(worker.address), 1)
         assert (await old.read()).WhichOneof("kind") == "accepted"
-        links._older.setdefault((worker.address, "submit"), []).append(links._channels.pop((worker.address, "submit"))[0])
         line = links._lines[worker.address]
+        stamps.append((2,))
         assert await to_the_end(Attempt(links.submit(worker.address), 2)) == (answer_of([2], 8), "done")
         assert await to_the_end(old) == (answer_of([1], 8), "done")
         assert line.over, "a line that nothing uses any more is closed"
@@ -160,6 +166,43 @@ def test_after_the_certificates_were_renewed_old_lanes_go_on_and_new_ones_get_a_
 
     asyncio.run(play())
     assert worker.streams == 2
+
+
+def test_a_channel_of_before_a_renewal_is_closed_when_nothing_is_on_it(make_worker, answer_of, monkeypatch) -> None:
+    worker, now, stamps = make_worker("worker-0"), [0.0], [(1,)]
+    worker.token_s = 0.02
+    monkeypatch.setattr(Badge, "stamp", lambda _badge: stamps[-1])
+
+    def renew() -> None:
+        stamps.append((stamps[-1][0] + 1,))
+        now[0] += 1.0
+
+    async def play() -> None:
+        links = Links(TOKEN, clock=lambda: now[0])
+        old = Attempt(links.submit(worker.address), 1)
+        assert (await old.read()).WhichOneof("kind") == "accepted"
+        for _ in range(3):
+            await links.status(worker.address, timeout_s=10.0)
+            renew()
+        links.submit(worker.address).leave()
+        await links.status(worker.address, timeout_s=10.0)
+        kept = {purpose: [one.channel for one in older] for (_, purpose), older in links._older.items()}
+        assert [len(kept[purpose]) for purpose in ("submit", "unary")] == [1, 3]
+        now[0] = 2.5 + rpc.RETIRED_S                 # of the last one that was taken out of use half a second is left
+        await links.status(worker.address, timeout_s=10.0)
+        assert links._older[worker.address, "unary"][0].channel is kept["unary"][-1]
+        assert len(links._older[worker.address, "submit"]) == 1, "a job is on it"
+        assert await to_the_end(old) == (answer_of([1], 8), "done")
+        now[0] += 1.0
+        await links.status(worker.address, timeout_s=10.0)
+        assert not links._older
+        while links._closing:
+            await asyncio.sleep(0)
+        closed = [each.get_state() is grpc.ChannelConnectivity.SHUTDOWN for each in (*kept["submit"], *kept["unary"])]
+        assert closed == [True] * 4
+        await links.close()
+
+    asyncio.run(play())
 
 
 def test_forgetting_an_address_ends_its_lanes(make_worker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -170,6 +171,41 @@ def test_a_peer_that_comes_back_after_a_renewal_is_met_with_the_new_certificate(
         server.server.stop(None)
     with pytest.raises(ValueError):
         channels.to(server.address)
+
+
+def test_a_channel_of_before_a_renewal_lasts_as_long_as_what_is_open_on_it(tmp_path: Path, until) -> None:
+    folder, now = tmp_path / "certs", [0.0]
+    make_certificates(folder)
+    shown = badge(folder, "worker")
+    server = Echo(shown)
+    channels, said = rpc.Channels(shown, clock=lambda: now[0]), queue.SimpleQueue[bytes | None]()
+
+    def works(channel: grpc.Channel) -> bool:
+        try:
+            return channel.unary_unary("/kvbank.Bank/Borrow")(b"1", timeout=10, wait_for_ready=True) == b"1"
+        except ValueError:                                   # it is closed
+            return False
+    try:
+        first = channels.to(server.address)
+        stream = first.stream_stream("/kvbank.Bank/BorrowStream")(iter(said.get, None), wait_for_ready=True)
+        assert works(first)
+        make_certificates(folder)
+        second = channels.to(server.address)
+        make_certificates(folder)
+        third = channels.to(server.address)
+        assert first is not second and second is not third and channels.to(server.address) is third
+        now[0] = rpc.RETIRED_S - 1
+        assert works(channels.to(server.address)) and works(second), "somebody may just be about to call on it"
+        now[0] = rpc.RETIRED_S
+        assert works(channels.to(server.address)) and not works(second) and works(first)
+        said.put(b"hello")
+        said.put(None)
+        assert list(stream) == [b"hello"]
+        until(lambda: works(channels.to(server.address)) and not works(first))
+        assert works(third)
+    finally:
+        channels.close()
+        server.server.stop(None)
 
 
 def test_files_that_are_gone_half_there_or_do_not_fit_change_nothing(tmp_path: Path) -> None:
