@@ -81,7 +81,8 @@ def build_app(front: Front) -> Starlette:
     app.add_exception_handler(HTTPException, _answer_http_error)     # type: ignore[arg-type]
     app.add_exception_handler(Exception, _answer_unknown_error)
     open_house = not callable(front.api_keys) and not front.api_keys
-    app.add_middleware(OriginGuard, hosts=front.hosts if open_house or front.named else None)
+    app.add_middleware(OriginGuard, hosts=front.hosts if open_house or front.named else None,
+                       refused=front.gateway.meters.refused)
     if front.gateway.traced is not None:
         app.add_middleware(IncomingTrace)
     return app

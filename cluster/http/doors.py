@@ -124,9 +124,10 @@ class OriginGuard:
     of somebody else's, and must come from the very host that it talks to.
     """
 
-    def __init__(self, app: Any, *, hosts: tuple[str, ...] | None) -> None:
+    def __init__(self, app: Any, *, hosts: tuple[str, ...] | None, refused: Callable[[str], None]) -> None:
+        """refused: hears the code of each refusal."""
         self._app = app
-        self._hosts = hosts
+        self._hosts, self._refused = hosts, refused
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -141,6 +142,7 @@ class OriginGuard:
             await send(message)
 
         if scope["path"] != HEALTH and self._foreign({name: value.decode("latin-1").lower() for name, value in scope["headers"]}):
+            self._refused("forbidden")
             body = {"error": {"message": "this gateway does not answer to pages and names of other sites",
                               "type": "permission_error", "param": None, "code": "forbidden"}}
             await JSONResponse(body, status_code=403)(scope, receive, send_with_headers)

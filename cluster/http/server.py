@@ -273,9 +273,10 @@ class GatewayServer:
         self._loop = asyncio.get_running_loop()
         assembly: Assembly = await self._assemble()
         self.gateway = assembly.front.gateway
+        app = _HeadLimit(build_app(assembly.front), refused=self.gateway.meters.refused)
         config = uvicorn.Config(
-            _HeadLimit(build_app(assembly.front)), http=_PatientProtocol, ws="none", lifespan="off", log_config=None,
-            access_log=False, server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=1,
+            app, http=_PatientProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
+            server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=1,
             limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=HEADER_BYTES,
         )
         config.load()
@@ -349,8 +350,8 @@ class HeadTooLarge(InvalidRequest):
 class _HeadLimit:
     """Refuses long heads before anything looks into them. The parser alone bounds only those that come in pieces."""
 
-    def __init__(self, app: Any) -> None:
-        self._app = app
+    def __init__(self, app: Any, *, refused: Callable[[str], None]) -> None:
+        self._app, self._refused = app, refused
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
@@ -358,6 +359,7 @@ class _HeadLimit:
             size = sum(len(name) + len(value) for name, value in headers) + len(scope["raw_path"]) + len(scope["query_string"])
             if len(headers) > HEADERS or size > HEADER_BYTES:
                 error = HeadTooLarge(f"a request may have {HEADERS} headers and {HEADER_BYTES} bytes of them and its address")
+                self._refused(error.code)
                 await JSONResponse(error_body(error), status_code=error.http_status)(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -267,6 +267,7 @@ def test_headers_are_bounded(make_worker, make_server, headers) -> None:
     assert httpx.get(f"{address}/v1/models", headers={"X-Big": "x" * 10_000}).status_code == 200
     answer = httpx.get(f"{address}/v1/models", headers=headers)
     assert answer.status_code == 431 and answer.json()["error"]["code"] == "invalid_request"
+    assert 'kvbank_requests_refused_total{code="invalid_request"} 1.0' in httpx.get(f"{address}/metrics").text
     with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as endless:
         endless.settimeout(10)
         with pytest.raises(OSError):                 # 400 and closed, well before the kernel's buffers are full
@@ -413,6 +414,7 @@ def test_without_keys_web_pages_are_kept_out(make_server, headers) -> None:
     address = make_server().address
     assert httpx.get(f"{address}/v1/models", headers=headers).status_code == 403
     assert httpx.get(f"{address}/v1/models", headers={"Origin": "http://localhost:3000"}).status_code == 200
+    assert 'kvbank_requests_refused_total{code="forbidden"} 1.0' in httpx.get(f"{address}/metrics").text
 
 
 def test_a_public_bind_without_keys_is_refused() -> None:
