@@ -1,9 +1,10 @@
 # kvbank. A machine needs make, Python 3.11 or newer with pip and venv, and its usual package index; no GPU, no Redis.
 #
 #   make demo       a small cluster on this machine, a long document, borrowed memory, and the proof that the tokens agree
-#   make test       every test that ends in seconds          make test-all    those, and the slow ones
-#   make lint       ruff and mypy                            make bench       NAME=engine ARGS="--quick"
-#   make mutants    plants bugs and tells which are caught
+#   make test       every test that ends in seconds, two files at a time (JOBS=0: one after the other)
+#   make test-all   those, and the slow ones, one after the other
+#   make mutants    plants bugs and tells which are caught   make lint        ruff and mypy
+#   make bench      NAME=engine ARGS="--quick"
 #   make venv       only install                             make clean       remove what these targets made
 #
 # Everything is installed into .venv by the first call. To use an environment of your own: make test PY=python
@@ -13,6 +14,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY     ?= $(VENV)/bin/python
 NAME   ?= engine
 ARGS   ?=
+JOBS   ?= 2
 
 # One thread per torch operation and no spinning: several workers share this machine's cores.
 RUN    := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PY)
@@ -36,7 +38,7 @@ demo: $(DEMO)
 	$(RUN) -m kvbank demo $(ARGS)
 
 test: $(DEV)
-	$(RUN) -m pytest -m "not slow" $(ARGS)
+	$(RUN) -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
 
 test-all: $(DEV)
 	$(RUN) -m pytest $(ARGS)
