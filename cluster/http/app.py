@@ -82,7 +82,7 @@ def build_app(front: Front) -> Starlette:
     app.add_exception_handler(Exception, _answer_unknown_error)
     open_house = not callable(front.api_keys) and not front.api_keys
     app.add_middleware(OriginGuard, hosts=front.hosts if open_house or front.named else None,
-                       refused=front.gateway.meters.refused)
+                       refused=lambda code: front.gateway.meters.refused(code))
     if front.gateway.traced is not None:
         app.add_middleware(IncomingTrace)
     return app
