@@ -54,7 +54,7 @@ bench: $(DEV)
 	$(RUN) -m kvbank bench $(NAME) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist kvbank.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) artefacts build dist kvbank.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is newer than what it was made from, so the second call installs nothing.

@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 TOKEN = "ab" * 16
 VOCAB = 256
+ARTEFACTS = Path(__file__).resolve().parents[2] / "artefacts"        # pictures, for who wants to look; not part of the project
 
 
 def expected(prompt: list[int], count: int) -> list[int]:
@@ -327,7 +329,8 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(chromium: Browser) -> Iterator[Callable[..., Page]]:
-    """open_page(address, scheme="light", width=1360): a page of the dashboard whose `.faults` are its console errors."""
+    """open_page(address, scheme="light", width=1360): a page of the dashboard whose `.faults` are its console errors, and whose
+    `.picture(name)` lays what it shows, all of it, into the folder artefacts/."""
     contexts = []
 
     def open_one(address: str, *, scheme: str = "light", width: int = 1360, height: int = 900, at: str = "#/") -> Page:
@@ -336,6 +339,7 @@ def open_page(chromium: Browser) -> Iterator[Callable[..., Page]]:
         page = context.new_page()
         page.set_default_timeout(30_000)
         page.faults = []
+        page.picture = lambda name: page.screenshot(path=ARTEFACTS / f"{name}.png", full_page=True)
         page.on("console", lambda said: page.faults.append(said.text) if said.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: page.faults.append(str(error)))
         page.goto(f"{address}/dashboard{at}")

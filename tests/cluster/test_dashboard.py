@@ -154,6 +154,7 @@ def test_axe_finds_nothing_serious_on_any_page(town, open_page, scheme) -> None:
         live(page)
         if at.startswith("#/job/"):
             page.wait_for_selector(".timeline rect")
+        page.picture(f"dashboard-{scheme}-{at.split('/')[1] or 'overview'}")
         found[at] = faults_of(page, *rules)
     page.goto(f"{server.address}/dashboard#/member/worker-0")
     page.get_by_role("button", name="Drain", exact=True).click()
@@ -341,6 +342,7 @@ def test_two_hundred_members_fit_and_an_update_touches_only_what_changed(town, c
     page = open_page(town().address)
     live(page)
     assert page.locator(".vault-cell").count() == 200
+    page.picture("dashboard-200-members")
     page.evaluate("""() => {
         window.touched = new Set();
         new MutationObserver((records) => records.forEach((r) => {
