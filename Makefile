@@ -38,7 +38,7 @@ demo: $(DEMO)
 	$(RUN) -m kvbank demo $(ARGS)
 
 test: $(DEV)
-	$(RUN) -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
+	$(RUN) -m pytest -m "not slow" $(if $(filter-out 0,$(JOBS)),-n $(JOBS) --dist loadfile) $(ARGS)
 
 test-all: $(DEV)
 	$(RUN) -m pytest $(ARGS)

@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from kvbank.cluster.families import ALL, BEGIN, COUNTER, GAUGE, LOANS, MEMBERS, OTHER, REST, SUMMARY, TIERS, Family, Names
-from kvbank.kvstore.logged_errors import counted
+from kvbank.kvstore.logged_errors import OF_THIS_PROCESS
 
 _BREAKER = ("ok", "half_open", "open", "off")
 _MAX_EVENTS = 256                    # values of a label that members' own counter names make
@@ -28,7 +28,6 @@ class Census(Collector):
         self._expected = dict(expected)
         self._members = _Dictionary([*MEMBERS, *LOANS, REST[0]])
         self._tiers = _Dictionary([*TIERS, REST[1]])
-        self._logged_errors = counted()
         self.told: Mapping[str, Any] = {"workers": [], "loans": []}
 
     def describe(self) -> Iterable[Metric]:
@@ -38,7 +37,7 @@ class Census(Collector):
         made = _Page()
         for kind, count in self._expected.items():
             made.add(ALL["kvbank_members_expected"], (kind,), count)
-        made.add(ALL["kvbank_logged_errors_total"], ("gateway",), self._logged_errors.count)
+        made.add(ALL["kvbank_logged_errors_total"], ("gateway",), OF_THIS_PROCESS.count)
         for worker in self.told["workers"]:
             self._member(worker, made)
         for loan in self.told["loans"]:

@@ -2,9 +2,9 @@
 
     job --next_worker--> [waits while every lane is taken, or nobody is there] --> worker --lane--> in the books until it is over
 
-A worker's own report and the directory lag by a heartbeat, so what was sent where since weighs as well: two jobs with one
-prefix must meet on one worker, and two without must not. A worker that lost a job is left alone for a moment.
-Runs on the gateway's event loop. Knows no tokens and no streams.
+A worker's own report and the directory lag by a heartbeat, so what was sent where since weighs as well: the second of two
+jobs with one prefix should find the first, and that of two others an idle worker. A worker that lost a job is left alone
+for a moment. Runs on the gateway's event loop. Knows no tokens and no streams.
 """
 
 from __future__ import annotations

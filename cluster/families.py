@@ -40,7 +40,7 @@ GATEWAY: tuple[Family, ...] = (
     _one(GAUGE, "jobs_limit", "", "Jobs the gateway carries at most; one more is refused as overloaded"),
     _one(COUNTER, "jobs_admitted_total", "model tenant", "Jobs admitted"),
     _one(COUNTER, "jobs_ended_total", "model tenant outcome", "Jobs over: stop, length, or the code of their error"),
-    _one(COUNTER, "requests_refused_total", "code", "Requests answered with an error, by its code"),
+    _one(COUNTER, "requests_refused_total", "code", "Requests that kvbank answered with an error, by its code"),
     _one(COUNTER, "attempts_lost_total", "reason", "Attempts of jobs that a worker did not finish; the job goes on elsewhere"),
     _one(COUNTER, "prompt_tokens_total", "model tenant", "Prompt tokens of jobs over: the lookups of the hit ratio"),
     _one(COUNTER, "reused_tokens_total", "model tenant source",
@@ -89,8 +89,8 @@ MEMBERS: tuple[Family, ...] = (
     _one(COUNTER, "attend_stale_total", "worker", "Spans asked for under a promise that was over", "attend_stale"),
     _one(COUNTER, "attend_tainted_total", "worker", "Lent spans whose bytes were no longer those that were sealed",
          "attend_tainted"),
-    _one(COUNTER, "logged_errors_total", "worker", "Errors in the log of the member's process, or of `gateway`'s: failures "
-         "that it survived", "logged_errors"),
+    _one(COUNTER, "logged_errors_total", "worker", "Errors that the member's process, or `gateway`'s, has logged since it "
+         "started: what it survived. Those of the launcher and of control stand in their logs alone", "logged_errors"),
 )
 
 LOANS: tuple[Family, ...] = (
@@ -160,7 +160,7 @@ BEGIN: dict[str, tuple[str, ...]] = {
     "redis": ("timeouts", "lost", "not_asked", "breaker_opened", "write_behind_stored", "write_behind_lost",
               "write_behind_dropped_full"),
 }
-BEGIN_CODES = ("invalid_request", "too_long", "unauthorized", "not_found", "overloaded", "unavailable", "internal")
+BEGIN_CODES = ("invalid_request", "too_long", "unauthorized", "forbidden", "not_found", "overloaded", "unavailable", "internal")
 BEGIN_LOST = ("unavailable", "silent", "stream_ended")
 
 SECTIONS: tuple[tuple[str, str, tuple[Family, ...]], ...] = (

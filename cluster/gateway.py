@@ -286,6 +286,7 @@ class Gateway:
             if self._complete(job):                  # only the last word of the attempt was lost
                 return
             self.meters.lost(lost.reason)
+            job.progress.restart("worker")
             job.enter("queued", self._clock(), f"lost: {lost.reason}")
             for observer in self.observers:
                 observer.lost(job, worker.id, lost.reason)
@@ -325,7 +326,7 @@ class Gateway:
         """Run the job on one worker, with what it costs there kept in the books meanwhile."""
         job.attempt += 1
         job.worker = worker.id
-        job.progress.state, job.progress.waits_for = "queued", ""
+        job.progress.restart("")
         job.enter("queued", self._clock())
         with self._dispatch.lane(job, worker) as settle:
             def on_tokens(count: int) -> None:

@@ -74,6 +74,10 @@ class Progress:
     total: int = 0
     waits_for: str = "worker"
 
+    def restart(self, waits_for: str) -> None:
+        """It waits again, and nothing of it is there."""
+        self.state, self.computed, self.waits_for = "queued", 0, waits_for
+
 
 @dataclass(eq=False)
 class Job:

@@ -85,7 +85,7 @@ class Links:
 
     def _channel(self, address: str, purpose: str) -> Any:
         """One that was made before the certificates were renewed is used for nothing new; what is open on it goes on, and
-        then it is closed."""
+        the first call after that closes it."""
         if self._older:
             self._close_unused()
         key, stamp = (address, purpose), self._badge.stamp()
@@ -123,3 +123,7 @@ class Links:
 
     async def close(self) -> None:
         await self.forget(set())
+        for older in self._older.values():           # their successors could not be made
+            for one in older:
+                await one.channel.close()
+        await asyncio.gather(*self._closing, return_exceptions=True)

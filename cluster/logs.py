@@ -7,7 +7,7 @@
 The message's template gives the names and its arguments the values, so a value with a space or a quote stays one value.
 Of an exception the type and the way to it are written, its own words only where they are ours or the system's: others may
 quote what a caller sent. What the member knows as secret is masked wherever it still turns up. Other libraries' records
-keep their first line alone.
+keep their first line alone, of an exception only what stands before the first colon.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from urllib.parse import unquote, urlsplit
 
 from kvbank.cluster.values import MASK
 from kvbank.errors import ConfigError, ModelError, Unavailable
+from kvbank.kvstore.logged_errors import OF_THIS_PROCESS
 
 _TOKEN = re.compile(r"(?:(\w+)=)?(\S+)")
 _CONVERSION = re.compile(r"%[-#0 +]*\d*(?:\.\d+)?[diouxXeEfFgGcrsa]")
 _PLAIN = re.compile(r"[^\s\"=\\\x00-\x1f\x7f]+")
-_WORDED_BY_US = (OSError, ConfigError, ModelError, Unavailable)
+_WORDED_BY_US = (ConfigError, ModelError, Unavailable)
+_OF_THE_SYSTEM = ("builtins", "socket", "ssl")       # modules of such OSErrors; others are libraries' own
 _SHORTEST_SECRET = 4                 # masking shorter ones would mask everything else
 _FRAMES = 12
-_CAUSES = 16                         # a chain may be a ring
+_CAUSES = 16                         # steps back: a chain may be a ring
 _LONGEST = 2000                      # characters of one value
 
 log = logging.getLogger(__name__)
@@ -62,17 +64,18 @@ class Line(logging.Formatter):
     def _masked(self, value: Any) -> Any:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return value
-        text = str(value)[:_LONGEST]
+        text = str(value)
         for secret in self._secrets:
             text = text.replace(secret, MASK)
-        return text
+        return text[:_LONGEST]
 
 
 def set_up(member: str, settings: Mapping[str, Any], secrets: Iterable[str] = (), *, to: IO[str] | None = None) -> None:
-    """All logging of this process goes to `to` (stderr) in the format of the settings; also what threads die of."""
+    """All logging of this process goes to `to` (stderr) in the format of the settings; also what threads die of. Errors are
+    counted from here on."""
     handler = logging.StreamHandler(to or sys.stderr)
     handler.setFormatter(Line(member, as_json=settings.get("format") == "json", secrets=secrets))
-    logging.basicConfig(level=str(settings.get("level", "info")).upper(), handlers=[handler], force=True)
+    logging.basicConfig(level=str(settings.get("level", "info")).upper(), handlers=[handler, OF_THIS_PROCESS], force=True)
     for foreign in ("httpx", "httpcore", "uvicorn.access"):      # they write addresses of requests
         logging.getLogger(foreign).setLevel(logging.WARNING)
     logging.raiseExceptions = False                  # or a record that cannot be written is printed with its arguments
@@ -95,7 +98,8 @@ def _said(record: logging.LogRecord) -> Iterator[tuple[str, Any]]:
     template = str(record.msg)
     if not record.name.startswith("kvbank") or len(_CONVERSION.findall(template)) != len(args):
         yield "event", "message"
-        yield "message", (_message(record).splitlines() or [""])[0]
+        message = (_message(record).splitlines() or [""])[0]
+        yield "message", message.partition(":")[0] if record.exc_info else message      # its own words would follow
         return
     words: list[str] = []
     fields: list[tuple[str, Any]] = []
@@ -120,7 +124,7 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _raised(record: logging.LogRecord) -> Iterator[tuple[str, Any]]:
-    """The exception, and the one that all began with if that is another."""
+    """The exception, and the one that it began with: its cause, or what was being handled, and so on back."""
     error = record.exc_info[1] if record.exc_info else None
     if error is None:
         return
@@ -137,7 +141,7 @@ def _raised(record: logging.LogRecord) -> Iterator[tuple[str, Any]]:
 
 def _one_of(error: BaseException, kind: str, text: str, at: str) -> Iterator[tuple[str, Any]]:
     yield kind, type(error).__name__
-    if isinstance(error, _WORDED_BY_US):
+    if isinstance(error, _WORDED_BY_US) or (isinstance(error, OSError) and type(error).__module__ in _OF_THE_SYSTEM):
         yield text, str(error)
     frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
     yield at, " > ".join(f"{Path(frame.filename).name}:{frame.lineno}:{frame.name}" for frame in frames)

@@ -8,6 +8,7 @@ no clearing of Redis: it belongs to all members, and has its own limit and term.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -64,13 +65,16 @@ class Ops:
         return await self._recorded(entry, self._pin(job, math.ceil(term_s)))
 
     async def _act(self, member: str, action: str) -> str:
-        reply = await self._ask(member, _request(action))
-        if action == "clear":
-            for shard in self._followers(member):    # each keeps its own part of what was parked
-                reply.frames += (await self._ask(shard, _HOST_ONLY)).frames
+        reply, left = await self._ask(member, _request(action)), ""
+        if action == "clear":                        # each shard keeps its own part of what was parked
+            shards = self._followers(member)
+            replies = await asyncio.gather(*[self._ask(shard, _HOST_ONLY) for shard in shards], return_exceptions=True)
+            reply.frames += sum(each.frames for each in replies if isinstance(each, ops_pb2.OpsReply))
+            away = [shard for shard, each in zip(shards, replies, strict=True) if isinstance(each, BaseException)]
+            left = f"; not by {', '.join(away)}: ask again" if away else ""
         return {"drain": f"{reply.blocks} lent blocks called back", "undrain": "takes jobs and lends again",
                 "recall": f"{reply.blocks} lent blocks called back",
-                "clear": f"{reply.blocks} idle blocks and {reply.frames} host frames dropped"}[action]
+                "clear": f"{reply.blocks} idle blocks and {reply.frames} host frames dropped{left}"}[action]
 
     async def _pin(self, job: Job | None, term_s: int) -> str:
         if job is None:

@@ -1,8 +1,9 @@
 """What a process logs as an error is counted, so that a failure that was caught and survived is seen without reading logs.
 
-    log.exception(..), log.error(..) of kvbank's modules --> count --> kvbank_logged_errors_total
+    log.exception(..), log.error(..) of anybody --> root logger --> count --> kvbank_logged_errors_total
 
-Whoever catches everything logs what it caught; this is the counter beside each such place. Keeps and writes nothing.
+Whoever catches everything logs what it caught, our own code as well as gRPC's, asyncio's and the HTTP server's; this is the
+counter beside all those places. Keeps and writes nothing.
 """
 
 from __future__ import annotations
@@ -21,11 +22,4 @@ class LoggedErrors(logging.Handler):
         self.count += 1                              # one at a time: the handler's lock is held
 
 
-_OF_THIS_PROCESS = LoggedErrors()
-
-
-def counted() -> LoggedErrors:
-    """The count of this process, which begins with the first call. Only for processes that set up logging: Python prints
-    errors of a library that no handler hears, and this is one that hears."""
-    logging.getLogger("kvbank").addHandler(_OF_THIS_PROCESS)
-    return _OF_THIS_PROCESS
+OF_THIS_PROCESS = LoggedErrors()                     # hears from the time on when logging is set up (cluster/logs.py)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvbank.kvstore.debt_book import DebtBook
+from kvbank.kvstore.store import BlockStore
 from kvbank.kvstore.tiers.host_tier import HostTier
 from kvbank.kvstore.vault import Vault
 from kvbank.proto import jobs_pb2 as pb
@@ -57,6 +58,9 @@ class FollowerWorker(Worker):
             self.parts.shard, config.shard, config.shards, hidden_size=self.parts.model.hidden_size,
             badge=self.badge, likeness=likeness(self), bank=self.borrower,
             fetcher=self._fetcher)
+
+    def _shelf(self) -> BlockStore | None:
+        return self.store
 
     def stop(self) -> None:
         self.follower.stop()

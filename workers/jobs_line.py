@@ -158,7 +158,7 @@ class Line:
     def _last(self, lane: Lane, event: Finished | Failed) -> pb.SubmitReply:
         try:
             receipt = self._receipt(event.tally, lane.spec, lane.outputs)
-        except Exception:                            # a count that no receipt can hold must not end the line, with all its jobs
+        except Exception:                            # a count that is none must not end the line, with all its jobs: theirs are 0
             log.exception("receipt_not_made job=%s", lane.spec.id)
             receipt = pb.Receipt()
         if isinstance(event, Finished):
@@ -174,7 +174,11 @@ class Line:
             lanes = [lane for lane in self._lanes.values() if now - lane.told_at >= PROGRESS_S / 2]
         for lane in lanes:
             lane.told_at = now
-        told = self._progress([lane.spec for lane in lanes]) if lanes else []
+        try:
+            told = self._progress([lane.spec for lane in lanes]) if lanes else []
+        except Exception:                            # of one of them a count that is none: all live, and must not look silent
+            log.exception("progress_not_made jobs=%d", len(lanes))
+            told = [pb.Progress() for _ in lanes]
         return [reply for lane, each in zip(lanes, told, strict=True)
                 for reply in self._begun(lane, pb.SubmitReply(lane=lane.number, progress=each))]
 

@@ -27,7 +27,7 @@ from kvbank.kvstore.borrowing import Banker
 from kvbank.kvstore.debt_book import DebtBook
 from kvbank.kvstore.layout import BlockKey, Boot, Layout
 from kvbank.kvstore.ledger import LoanLedger
-from kvbank.kvstore.logged_errors import counted
+from kvbank.kvstore.logged_errors import OF_THIS_PROCESS
 from kvbank.kvstore.messages import Compat
 from kvbank.kvstore.store import BlockStore
 from kvbank.kvstore.timings import LoanTimings
@@ -128,7 +128,6 @@ class Worker:
         self._stopping = threading.Event()
         self.address = ""
         self.traces = open_traces(self.id, self._settings)
-        self._logged_errors = counted()
         self._build()
 
     def _build(self) -> None:
@@ -294,7 +293,7 @@ class Worker:
         counters = {"remote_attention_served": attend.calls, "remote_attention_rows": attend.rows,
                     "attend_bytes_in": attend.bytes_in, "attend_bytes_out": attend.bytes_out, "attend_stale": attend.stale,
                     "attend_tainted": attend.tainted, "resident_bytes": psutil.Process().memory_info().rss,
-                    "logged_errors": self._logged_errors.count}
+                    "logged_errors": OF_THIS_PROCESS.count}
         with self.vault.lock:
             counters["blocks_pinned"] = self.vault.num_pinned * self.layout.blocks_per_span
             counters |= {f"ledger_{name}": value for name, value in self.ledger.counters.items()}

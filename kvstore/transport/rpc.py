@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -148,7 +149,7 @@ def _connect(address: str, badge: Badge) -> _Connection:
 
 class Channels:
     """Channels by address. One that was made before the certificates were renewed is used no more for anything new: what is
-    open on it goes on, and it is closed once nothing is. Thread-safe."""
+    open on it goes on, and it is closed when it is asked for a channel after nothing was. Thread-safe."""
 
     def __init__(self, badge: Badge | str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._badge, self._clock = Badge.of(badge), clock
@@ -159,18 +160,17 @@ class Channels:
 
     def to(self, address: str) -> grpc.Channel:
         """Raises ConfigError when certificates cannot be read, ValueError after `close`."""
-        stamp = self._badge.stamp()
         with self._lock:
             if self._closed:
                 raise ValueError("these channels are closed")
-            over = self._over() if self._older else []
-            found = self._made.get(address)
+            found, stamp = self._made.get(address), self._badge.stamp()
             if found is None or (stamp and found.stamp != stamp):
                 made = _connect(address, self._badge)
                 if found is not None:
                     found.retired_at = self._clock()
                     self._older.setdefault(address, []).append(found)
                 found = self._made[address] = made
+            over = self._over() if self._older else []
         for one in over:
             one.close()
         return found.channel
@@ -239,7 +239,9 @@ class _Calls(
         except BaseException:
             self._count(-1)
             raise
-        call.add_done_callback(lambda _: self._count(-1))
+        over = partial(self._count, -1)              # must not know the call: one that is dropped half read has to be collected
+        if call.done() or not call.add_callback(over):
+            over()
         return call
 
     def _count(self, more: int) -> None:

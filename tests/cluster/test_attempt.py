@@ -54,6 +54,12 @@ def begin(line: SubmitLine, job: Job, *, on_tokens: Callable[[int], object] = la
     return attempt, asyncio.create_task(attempt.run())
 
 
+async def job_has(job: Job, tokens: int) -> None:
+    async with asyncio.timeout(20):
+        while len(job.ids) < tokens:
+            await asyncio.sleep(0)
+
+
 def token(lane: int, index: int, ids: bytes = bytes(4)) -> pb.SubmitReply:
     return pb.SubmitReply(lane=lane, tokens=pb.Tokens(first_index=index, ids=ids))
 
@@ -90,8 +96,7 @@ def test_silence_is_counted_from_the_last_word() -> None:
         for index in range(3):
             now[0] += 0.009                          # not long enough
             call.answer(token(1, index))
-            while len(job.ids) == index:
-                await asyncio.sleep(0)
+            await job_has(job, index + 1)
         await asyncio.sleep(0.05)                    # the watch looks several times meanwhile
         assert not running.done()
         now[0] += 0.011
@@ -127,9 +132,9 @@ def test_a_job_whose_tokens_come_is_decoding_and_one_that_is_over_is_in_no_phase
         job.progress.total = 40
         _, running = begin(line, job)
         await asyncio.sleep(0)
-        call.answer(pb.SubmitReply(lane=1, progress=pb.Progress(state="prefill", computed=8, total=40)), token(1, 0))
-        while not job.ids:
-            await asyncio.sleep(0)
+        progress = pb.Progress(state="prefill", computed=8, total=40, waits_for="slots")
+        call.answer(pb.SubmitReply(lane=1, progress=progress), token(1, 0))
+        await job_has(job, 1)
         assert job_body(job)["progress"] == {"state": "decode", "computed": 40, "total": 40, "waits_for": ""}
         call.answer(pb.SubmitReply(lane=1, done=DONE))
         await running

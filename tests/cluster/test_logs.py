@@ -100,6 +100,27 @@ def test_a_secret_is_masked_wherever_it_turns_up(written) -> None:
     assert "the-" not in lines()[0] and "ssword" not in lines()[0]
 
 
+def test_a_secret_at_the_end_of_a_long_value_is_masked_before_it_is_cut(written) -> None:
+    log, lines = written(secrets=("the-secret-word",))
+    log.info("redis_not_answering why=%s", "x" * 1995 + "the-secret-word")
+    assert "the-s" not in lines()[0] and len(fields(lines()[0])["why"]) <= 2000
+
+
+def test_another_librarys_exception_is_told_without_its_words(written) -> None:
+    """gRPC writes those of a handler's exception behind a colon."""
+    class NotFound(OSError):
+        """Of a library: it may name what a caller sent."""
+
+    log, lines = written(name="grpc._server")
+    for error in (ValueError("what the caller sent"), NotFound("what the caller sent")):
+        try:
+            raise error
+        except Exception as found:
+            log.exception(f"Exception calling application: {found}")
+    assert [fields(line)["message"] for line in lines()] == ["Exception calling application"] * 2
+    assert fields(lines()[1])["error_type"] == "NotFound" and "caller" not in "".join(lines())
+
+
 def test_other_libraries_keep_their_first_line(written) -> None:
     log, lines = written(name="asyncio")
     log.error("Task exception was never retrieved\nfuture: <Task exception=ValueError('a prompt')>")
@@ -109,13 +130,17 @@ def test_other_libraries_keep_their_first_line(written) -> None:
 
 
 def test_a_thread_that_dies_is_an_event_and_its_words_stay_away() -> None:
-    program = ("import threading; from kvbank.cluster.logs import set_up; set_up('worker-0', {'format': 'json'})\n"
+    program = ("import logging, threading; from kvbank.cluster.logs import set_up; set_up('worker-0', {'format': 'json'})\n"
+               "from kvbank.kvstore.logged_errors import OF_THIS_PROCESS as errors\n"
                "def die(): raise RuntimeError('a prompt')\n"
-               "t = threading.Thread(target=die, name='engine'); t.start(); t.join(); raise RuntimeError('a prompt')")
+               "t = threading.Thread(target=die, name='engine'); t.start(); t.join()\n"
+               "logging.getLogger('grpc._server').error('somebody'); logging.getLogger('kvbank.x').warning('else')\n"
+               "print(errors.count); raise RuntimeError('a prompt')")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     events = [json.loads(line) for line in done.stderr.splitlines()]
-    assert [event["event"] for event in events] == ["thread_died", "process_died"] and events[0]["thread"] == "engine"
-    assert "prompt" not in done.stderr and done.returncode == 1
+    assert [event["event"] for event in events] == ["thread_died", "message", "else", "process_died"]
+    assert events[0]["thread"] == "engine" and "prompt" not in done.stderr and done.returncode == 1
+    assert done.stdout == "2\n", "errors of anybody are counted, warnings are not"
 
 
 def test_the_settings_choose_format_and_level() -> None:

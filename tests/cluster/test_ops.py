@@ -29,12 +29,13 @@ class FakeLinks:
     def __init__(self) -> None:
         self.asked: list[tuple[str, ops_pb2.OpsRequest]] = []
         self.reply: ops_pb2.OpsReply | None = ops_pb2.OpsReply(blocks=24, frames=3)
+        self.away: set[str] = set()
 
     async def act(self, address: str, request: ops_pb2.OpsRequest, *, timeout_s: float) -> ops_pb2.OpsReply:
         self.asked.append((address, request))
-        if self.reply is None:
+        if self.reply is None or address in self.away:
             raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "secret address")
-        return self.reply
+        return ops_pb2.OpsReply.FromString(self.reply.SerializeToString())
 
 
 @pytest.fixture
@@ -79,6 +80,8 @@ def test_every_shard_of_a_replica_empties_its_shelf(links) -> None:
     assert act(ops, "worker-1", "clear")["outcome"] == "24 idle blocks and 6 host frames dropped"
     assert [(address, request.clear.device, request.clear.host) for address, request in links.asked] == [
         ("host:10", True, True), ("host:11", False, True)]
+    links.away = {"host:11"}
+    assert act(ops, "worker-1", "clear")["outcome"].endswith("3 host frames dropped; not by worker-1.1: ask again")
     links.asked.clear()
     act(ops, "lender-0", "clear")
     act(ops, "worker-0", "recall")

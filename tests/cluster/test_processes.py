@@ -167,7 +167,7 @@ def sleeper() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
 
 
 def test_a_guardian_ends_those_with_its_marker_and_those_it_was_told_and_nobody_else(tmp_path: Path, sleeper) -> None:
-    marker, folder = f"kvbank-{secrets.token_hex(6)}", tmp_path / "mine"
+    marker, folder = f"guarded-{secrets.token_hex(6)}", tmp_path / "mine"     # no name that another file looks for
     folder.mkdir()
     (folder / "redis.sock").write_text("")
     (folder / "deep").mkdir(mode=0o700)

@@ -146,6 +146,12 @@ def test_every_alert_speaks_when_it_must_and_only_then(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_an_error_before_the_first_scrape_is_not_missed(tmp_path: Path) -> None:
+    name = f"kvbank_logged_errors_total{{{WORKER}}}"
+    done = judged(tmp_path, {"KvbankErrorsLogged": Case({name: "_x50 1x10"}, {name: "_x50 0x10"})})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_rule_that_never_speaks_is_found_out(tmp_path: Path) -> None:
     """The check above bites: on a healthy series nothing fires, so expecting an alert there fails."""
     done = judged(tmp_path, {"KvbankGatewayDown": CASES["KvbankGatewayDown"]}, good_speaks=1)

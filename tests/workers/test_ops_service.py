@@ -18,6 +18,7 @@ from kvbank.kvstore.transport import wire
 from kvbank.kvstore.vault import Arena, LendPool, Vault
 from kvbank.proto import ops_pb2 as pb
 from kvbank.workers.ops_service import OpsService
+from kvbank.workers.sequence import JobSpec
 
 ME, BO = Boot(b"me".ljust(16)), Boot(b"bo".ljust(16))
 COMPAT = m.Compat(slot_bytes=64, numerics="cpu", model_digest="llama")
@@ -128,5 +129,23 @@ def test_a_pin_says_what_it_covers_and_why_it_covers_nothing(member) -> None:
 def test_a_follower_and_an_unknown_action_are_refused_in_words(member, request_) -> None:
     follower = OpsService(member.banker, member.vault, lambda: None, blocks_per_span=8, leads=False)
     assert "leading shard" in follower.act(request_).error
-    assert follower.act(pb.OpsRequest(clear=pb.ClearCaches(host=True))) == pb.OpsReply(), "its shelf is its own"
     assert member.ops.act(pb.OpsRequest()).error != ""
+
+
+def test_the_shelf_of_every_shard_is_cleared_and_what_was_on_it_is_computed_again(town, alone, run_jobs, prompt) -> None:
+    bank = town(lenders=0, shards=2, device_blocks=80, host_bytes=64 << 20)
+    jobs = [JobSpec(id=name, prompt=prompt(size, seed), max_tokens=6, ignore_eos=True)
+            for name, size, seed in (("a", 900, 0), ("x", 1100, 1), ("b", 900, 0))]
+    want = run_jobs(alone(), jobs[0])
+    for job in jobs[:2]:
+        run_jobs(bank.worker.engine, job)
+    clear = pb.OpsRequest(clear=pb.ClearCaches(device=True, host=True))
+    leader, follower = bank.worker, bank.followers[1]
+    assert "leading shard" in follower.ops.act(clear).error
+    frames = {shard: {tier.name: tier.frames for tier in shard.status().tiers}["host"] for shard in (leader, follower)}
+    assert min(frames.values()) > 0
+    assert leader.ops.act(clear).frames == frames[leader]
+    assert follower.ops.act(pb.OpsRequest(clear=pb.ClearCaches(host=True))).frames == frames[follower]
+    assert {tier.name: tier.frames for tier in follower.status().tiers}["host"] == 0
+    got = run_jobs(bank.worker.engine, jobs[2])
+    assert got.tokens["b"] == want.tokens["a"] and not got.tally["b"].reused

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 
 from kvbank.proto import jobs_pb2 as pb
 from kvbank.workers import jobs_service
+from kvbank.workers.jobs_line import PROGRESS_S, Lane, Line
 from kvbank.workers.jobs_service import JobsService
+from kvbank.workers.sequence import JobSpec
 
 
 class Call:
@@ -294,3 +296,14 @@ def test_a_receipt_that_cannot_be_made_costs_no_tokens_and_no_other_job(alone, p
     assert kinds(replies, 1)[-1] == kinds(replies, 2)[-1] == "done"
     told = {reply.lane: reply.done.receipt.output_tokens for reply in replies if reply.WhichOneof("kind") == "done"}
     assert told == {1: 0, 2: 6} and "receipt_not_made" in caplog.text
+
+
+def test_progress_that_cannot_be_told_does_not_make_jobs_look_silent(alone, prompt, caplog) -> None:
+    now = [0.0]
+    line = Line(worker="w", clock=lambda: now[0], receipt=lambda *_: pb.Receipt(),
+                progress=lambda specs: [pb.Progress(computed=-1) for _ in specs])
+    assert all(line.open(Lane(number, JobSpec(id=str(number), prompt=[1], max_tokens=1))) for number in (1, 2))
+    now[0] = PROGRESS_S
+    assert [(reply.lane, reply.WhichOneof("kind")) for reply in line._quiet(now[0])] == [
+        (1, "accepted"), (1, "progress"), (2, "accepted"), (2, "progress")]
+    assert "progress_not_made" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import time
 from collections.abc import Iterator
@@ -206,6 +207,31 @@ def test_a_channel_of_before_a_renewal_lasts_as_long_as_what_is_open_on_it(tmp_p
     finally:
         channels.close()
         server.server.stop(None)
+
+
+@pytest.mark.parametrize("how", ["dropped", "read", "refused", "future"])
+def test_a_call_is_open_until_it_is_over_and_a_dropped_stream_ends_at_the_server(echo: Echo, folder: Path, until, how) -> None:
+    connection = rpc._connect(echo.address, badge(folder, "worker"))
+    try:
+        stream = connection.channel.stream_stream("/kvbank.Bank/BorrowStream")
+        if how == "future":
+            assert connection.channel.unary_unary("/kvbank.Bank/Borrow").future(b"1", timeout=10).result() == b"1"
+        elif how == "refused":
+            with pytest.raises(grpc.RpcError):
+                connection.channel.unary_unary("/kvbank.New/Thing")(b"1", timeout=10)
+        else:
+            said: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+            answers = stream(iter(said.get, None))
+            said.put(b"1")
+            assert next(answers) == b"1" and connection.calls.open == 1
+            if how == "read":
+                said.put(None)
+                assert list(answers) == []
+            del answers
+            gc.collect()
+        until(lambda: connection.calls.open == 0)
+    finally:
+        connection.channel.close()
 
 
 def test_files_that_are_gone_half_there_or_do_not_fit_change_nothing(tmp_path: Path) -> None:
