@@ -65,6 +65,21 @@ def test_a_worker_that_falls_silent_loses_the_job_to_another(make_worker, make_s
     assert job["attempt"] == 2 and job["worker"] == "worker-1"
 
 
+def test_a_job_between_two_workers_says_that_it_waits_and_has_nothing(make_worker, make_server, answer_of, until) -> None:
+    first, second = make_worker("worker-0"), make_worker("worker-1")
+    first.hang_at = 3
+    server = make_server(first, limits={"silence_s": 30.0, "no_worker_s": 60.0})
+    job_id = httpx.post(f"{server.address}/v1/jobs", json={"prompt": PROMPT, "max_tokens": 8}).json()["id"]
+    told = until(lambda: (now := finished_now(server.address, job_id))["output_tokens"] == 3 and now)
+    assert told["progress"] == {"state": "decode", "computed": len(PROMPT), "total": len(PROMPT), "waits_for": ""}
+    server.roster.alive = []
+    first.kill()
+    told = until(lambda: (now := finished_now(server.address, job_id))["progress"]["state"] != "decode" and now)
+    assert told["progress"] == {"state": "queued", "computed": 0, "total": len(PROMPT), "waits_for": "worker"}
+    server.roster.alive = [second.view()]
+    assert finished(server.address, job_id)["result"]["token_ids"] == answer_of(PROMPT, 8)
+
+
 def test_the_only_worker_gets_the_job_again_when_its_stream_broke(make_worker, make_server, answer_of) -> None:
     worker = make_worker("worker-0")
     worker.die_at = 4
