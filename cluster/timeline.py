@@ -19,7 +19,7 @@ REPLAYED = ("prefill", "fetching")   # computing again what was there already
 class Moment:
     """From `at_s` on the job was in `phase`: queued | accepted | waiting | fetching | prefill | replay | decode.
 
-    accepted: a worker has it and did not say yet what it does with it.
+    queued: also at a worker that said nothing yet. accepted: it said its first word; what it does with the job follows at once.
     """
 
     at_s: float                      # since admission

@@ -122,7 +122,7 @@ export class Job {
     this.svg.replaceChildren(...parts);
     const told = rows.map((m) => `${m.phase} ${seconds(m.until - m.at_s)}`).join(", ");
     set(this.svg, "aria-label", `Timeline: ${told}`);
-    say(this.timeline.note, `seconds since admission; phases as the worker reports them, twice a second: what is shorter stays "accepted"; borrowed blocks once a second while a dashboard is open${left_out ? `; ${left_out} later moments left out` : ""}`);
+    say(this.timeline.note, `seconds since admission; phases as the worker reports them, twice a second: what is shorter stays "queued"; borrowed blocks once a second while a dashboard is open${left_out ? `; ${left_out} later moments left out` : ""}`);
     keyed(this.moments.body, rows, (m) => m.key, () => el("tr", {}, [1, 0, 1, 1, 0, 0].map((n) => el("td", { class: n ? "number" : null }))), (row, m) => {
       [seconds(m.at_s), m.phase, seconds(m.until - m.at_s), m.attempt || NONE, m.worker || NONE, m.note || NONE].forEach((value, i) => say(row.children[i], value));
     });
