@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import httpx
 import openai
 import pytest
@@ -57,9 +55,7 @@ def test_a_deadline_and_a_leaving_caller_give_their_blocks_back(cluster, text, q
         with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=30) as answer:
             until(lambda: client.status().jobs)
             assert answer.status_code == 200
-        left_at = time.monotonic()
         until(lambda: not client.status().jobs)
-        assert time.monotonic() - left_at < 5
         quiet(client)
 
 
