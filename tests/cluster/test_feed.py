@@ -38,10 +38,11 @@ class City:
 
     def __init__(self) -> None:
         self.told: dict[str, Any] = {"workers": [worker("a"), worker("b")], "loans": [], "tiers": []}
-        self.broken = False
+        self.broken, self.failed = False, 0
 
     async def status(self) -> dict[str, Any]:
         if self.broken:
+            self.failed += 1
             raise RuntimeError("planted")
         return self.told
 
@@ -152,7 +153,8 @@ def test_a_look_that_fails_is_not_the_end() -> None:
         await following(stream)
         city.broken = True
         waiting = asyncio.ensure_future(following(stream))
-        await asyncio.sleep(0.1)
+        while not city.failed:
+            await asyncio.sleep(0.01)
         city.broken = False
         assert (await waiting)[0] == "delta"
 
