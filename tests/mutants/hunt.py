@@ -53,7 +53,7 @@ def hunt(name: str) -> int:
         return f"{time.process_time() - cpu:5.1f} s of CPU ({time.monotonic() - started:.0f} s) in {scene}"
 
     try:
-        for playing in scenes.play_all():
+        for playing in scenes.play_all(WITHIN_S):
             scene = playing
     except (WrongToken, Broken, AssertionError) as found:
         by = "canary" if isinstance(found, WrongToken) else "auditor" if isinstance(found, Broken) else "walk"

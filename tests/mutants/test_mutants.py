@@ -6,6 +6,7 @@ That the unharmed product survives the same scenes with the same seeds is tested
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import zlib
 from collections.abc import Iterator
@@ -31,8 +32,8 @@ def of_this_commit() -> list[str]:
 
 @pytest.fixture(scope="module")
 def catches() -> Iterator[dict[str, Future[hunt.Catch]]]:
-    """All hunts of this file, two at a time: each has a process of its own, and a minute of its CPU's time."""
-    with ThreadPoolExecutor(hunt.AT_ONCE) as pool:
+    """All hunts of this file, each a process of its own with a minute of CPU time: two at a time, or one beside other tests."""
+    with ThreadPoolExecutor(1 if "PYTEST_XDIST_WORKER" in os.environ else hunt.AT_ONCE) as pool:
         yield {name: pool.submit(hunt.hunt_apart, name) for name in ("none", *of_this_commit())}
         pool.shutdown(wait=False, cancel_futures=True)
 
