@@ -3,6 +3,7 @@
     storm     two workers, two lenders, host, Redis, bad weather          rust     lent bytes rot, every read verifies them
     window    the same with a sliding window                              models   another model finds this one's Redis
     shards    one replica of two shards                                   protocol the two loan cores alone, virtual time
+    lone      one worker, no neighbour, no shelf: the youngest job gives way
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from tests.workers.canary_walk import PatientClock, Walk, build_city
 from tests.workers.city import BLOCK, SLOT, SPAN, Weather
 
 # (scene, seed, seconds of CPU in which new jobs are begun: wall time when nobody else wants the machine)
-SEEDS = (("storm", 11, 7.0), ("protocol", 12, 4.0), ("rust", 13, 6.0), ("window", 14, 4.0), ("models", 15, 4.0),
-         ("shards", 16, 4.0), ("storm", 17, 6.0), ("protocol", 18, 4.0))
+SEEDS = (("storm", 11, 7.0), ("protocol", 12, 4.0), ("lone", 19, 2.0), ("rust", 13, 6.0), ("window", 14, 4.0),
+         ("models", 15, 4.0), ("shards", 16, 4.0), ("storm", 17, 6.0), ("protocol", 18, 4.0))
 
 
 # Shorter than those of the walk, and two layers instead of three: more happens in a second.
@@ -44,7 +45,7 @@ def _canary(seed: int, window: int | None = None) -> Path:
 
 
 @contextmanager
-def _walk(folder: Path, seed: int, redis: str, *, weather: bool = True, **settings: Any) -> Iterator[Walk]:
+def _walk(folder: Path, seed: int, redis: str | None, *, weather: bool = True, **settings: Any) -> Iterator[Walk]:
     blocks = {"device_blocks": 8 * SPAN // BLOCK, "lender_blocks": 6 * SPAN // BLOCK, "host_bytes": 6 * (SLOT * 2 // 3 + 8192)}
     city = build_city(folder, redis=redis, **{**blocks, **settings})
     try:
@@ -57,7 +58,7 @@ def _walk(folder: Path, seed: int, redis: str, *, weather: bool = True, **settin
         city.stop()
 
 
-def storm(seed: int, seconds: float, redis: str, **settings: Any) -> None:
+def storm(seed: int, seconds: float, redis: str | None, **settings: Any) -> None:
     with _walk(settings.pop("folder", None) or _canary(0), seed, redis, **settings) as walk:
         walk.run(10_000, cpu_s=seconds)
         walk.end()
@@ -73,6 +74,10 @@ def window(seed: int, seconds: float, redis: str) -> None:
 
 def shards(seed: int, seconds: float, redis: str) -> None:
     storm(seed, seconds, redis, workers=1, lenders=3, shards=2)
+
+
+def lone(seed: int, seconds: float, _redis: str) -> None:
+    storm(seed, seconds, None, weather=False, workers=1, lenders=0, host_bytes=0, device_blocks=12 * SPAN // BLOCK)
 
 
 def models(seed: int, seconds: float, redis: str) -> None:
@@ -96,7 +101,7 @@ def protocol(seed: int, seconds: float, redis: str) -> None:
 
 
 SCENES: dict[str, Callable[[int, float, str], None]] = {
-    "storm": storm, "rust": rust, "window": window, "models": models, "shards": shards, "protocol": protocol}
+    "storm": storm, "lone": lone, "rust": rust, "window": window, "models": models, "shards": shards, "protocol": protocol}
 
 
 def play_all(cpu_s: float) -> Iterator[str]:
