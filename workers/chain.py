@@ -51,7 +51,7 @@ from kvbank.workers.chain_frames import (
     unpack_logprobs,
 )
 from kvbank.workers.chain_link import LeadLink, LinkBroken, Onward
-from kvbank.workers.seams import BackendLost, BankEvent
+from kvbank.workers.seams import BackendLost, BankEvent, nothing
 from kvbank.workers.shard import LocalShard
 
 log = logging.getLogger(__name__)
@@ -98,12 +98,12 @@ class Chain:
 
     # -- seams.Backend -----------------------------------------------------------------------------------------------
 
-    def run(self, plan: StepPlan, *, keep_logits: bool = False) -> StepResult:
+    def run(self, plan: StepPlan, *, keep_logits: bool = False, meanwhile: Callable[[], None] = nothing) -> StepResult:
         """One step on all shards. Raises BackendLost when one of them is gone or too slow."""
         if not self.connected:
             self._connect_or_lose()
         try:
-            return self._run(plan, keep_logits, time.monotonic() + self.timings.step_s)
+            return self._run(plan, keep_logits, time.monotonic() + self.timings.step_s, meanwhile)
         except LinkBroken as error:
             raise self._lost(str(error)) from None
         except Exception as error:                       # the others may be in the middle of a step that never ends
@@ -198,7 +198,7 @@ class Chain:
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def _run(self, plan: StepPlan, keep_logits: bool, deadline: float) -> StepResult:
+    def _run(self, plan: StepPlan, keep_logits: bool, deadline: float, meanwhile: Callable[[], None]) -> StepResult:
         assert self._onward is not None
         self.send(Step(plan.pack(), keep_logits))
         started = perf_counter()
@@ -207,6 +207,7 @@ class Chain:
         mine = self.local.passed_on()
         mine.forward_s = perf_counter() - started
         self._onward.send(plan.step, hidden)
+        meanwhile()                                        # the others compute now
         logits = None
         lost = {uid: {0} for uid in mine.lost}
         for link in self.links:

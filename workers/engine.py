@@ -27,7 +27,7 @@ from kvbank.workers.config import WorkerConfig
 from kvbank.workers.room import Room
 from kvbank.workers.sampler import Logprobs
 from kvbank.workers.scheduler import Outcome, Scheduler
-from kvbank.workers.seams import Backend, BackendLost, Bank, Fetcher, NoBank, NoFetcher
+from kvbank.workers.seams import Backend, BackendLost, Bank, Fetcher, NoBank, NoFetcher, nothing
 from kvbank.workers.sequence import JobSpec, Sequence, Tally
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class Engine:
         self._jobs: dict[str, Sequence] = {}
         self._inbox: deque[JobSpec | str] = deque()       # a string cancels the job of that id
         self._made: list[EngineEvent] = []                # of a step; kept when it breaks, for who cleans up
+        self.meanwhile: Callable[[], None] = nothing      # called while a step computes: see Backend.run
         self.wake = Flag()                                # set whenever a step may have something to do
         self.keep_logits = False                          # tests and quality benches read counters.last_logits
         self.counters = EngineCounters()
@@ -161,7 +162,9 @@ class Engine:
         plan = self.scheduler.next_plan(started)
         if plan is None:
             return
-        result = self.backend.run(plan, keep_logits=self.keep_logits)
+        if any(rows.num_rows > 1 for rows in plan.rows):
+            self.meanwhile()                              # prompts make it a long step: whatever waits does not wait for that
+        result = self.backend.run(plan, keep_logits=self.keep_logits, meanwhile=self.meanwhile)
         if self.keep_logits and result.logits is not None:
             self._note_logits(plan, result.logits)
         outcome = self.scheduler.absorb(plan, result, self._clock())

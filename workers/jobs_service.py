@@ -19,7 +19,7 @@ import grpc
 from kvbank.errors import InvalidRequest, KVBankError, TooLong, Unavailable
 from kvbank.kvstore.traces import Trace, Traces, context_of
 from kvbank.proto import jobs_pb2 as pb
-from kvbank.workers.engine import Engine, EngineEvent
+from kvbank.workers.engine import Engine, EngineEvent, Token
 from kvbank.workers.held_keys import split_keys
 from kvbank.workers.jobs_line import Lane, Line, failed
 from kvbank.workers.sampler import MAX_LOGPROBS, SamplingParams
@@ -47,15 +47,31 @@ class JobsService:
         self._contexts: dict[float, str] = {}        # age of a traced job -> its traceparent
         self._lanes: dict[str, tuple[Line, Lane]] = {}           # by the name that the engine knows
         self._attempts = count(1)
+        self._untold: list[EngineEvent] = []         # engine thread only
 
     def deliver(self, events: list[EngineEvent]) -> None:
-        """Engine thread: hand the events of a step to the lines that wait for them."""
+        """Engine thread, after each step: what it brought. The first word of an attempt and the last one are told at once;
+        other tokens wait for a moment in the next step at which sending them takes nothing from it (Engine.meanwhile)."""
+        self.tell()                                  # if that step had no such moment
+        self._untold = events
+        if not self._engine.busy or any(self._urgent(event) for event in events):
+            self.tell()
+
+    def tell(self) -> None:
+        """Engine thread: hand what waits to the lines."""
         told: dict[Line, list[tuple[Lane, EngineEvent]]] = {}
+        events, self._untold = self._untold, []
         for event in events:
             if (found := self._lanes.get(event.job)) is not None:
                 told.setdefault(found[0], []).append((found[1], event))
         for line, news in told.items():
             line.put(news)
+
+    def _urgent(self, event: EngineEvent) -> bool:
+        if not isinstance(event, Token):
+            return True
+        found = self._lanes.get(event.job)
+        return found is not None and event.index == len(found[1].spec.emitted)
 
     def submit(self, requests: Iterator[pb.SubmitRequests], context: grpc.ServicerContext) -> Iterator[pb.SubmitReplies]:
         """The Submit handler."""

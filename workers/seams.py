@@ -17,6 +17,10 @@ from kvbank.kvstore.span_table import Span
 from kvbank.workers.batch import StepPlan, StepResult
 
 
+def nothing() -> None:
+    """Where there is nothing to do meanwhile."""
+
+
 class BackendLost(Unavailable):
     """Another shard of the chain is gone, and with it what the slots held: every job here ends and no cache counts."""
 
@@ -24,8 +28,9 @@ class BackendLost(Unavailable):
 class Backend(Protocol):
     """All methods are called by the engine thread, between steps except `run`."""
 
-    def run(self, plan: StepPlan, *, keep_logits: bool = False) -> StepResult:
-        """Raises BackendLost."""
+    def run(self, plan: StepPlan, *, keep_logits: bool = False, meanwhile: Callable[[], None] = nothing) -> StepResult:
+        """meanwhile: call it once, when this thread is about to be without the interpreter's lock for long, in one large
+        product or in waiting: the threads that it wakes then cost the step nothing. Raises BackendLost."""
 
     def copy_tokens(self, source: SlotId, target: SlotId, start: int, stop: int) -> None:
         """Tokens start .. stop-1 of one slot over those of another."""

@@ -320,6 +320,7 @@ class ModelWorker(Worker):
         self.jobs = JobsService(self.engine, self.id, vocab_size=self.parts.model.vocab_size, status=self.status,
                                 clock=time.monotonic, hear_control=self._hear_control, resting=lambda: self.ops.draining,
                                 traces=self.traces)
+        self.engine.meanwhile = self.jobs.tell
         if self.traces is not None:
             self.borrower.trace_of = self.jobs.trace_of
 
@@ -392,9 +393,8 @@ class ModelWorker(Worker):
             except Exception:                                  # a bug must cost its jobs, never the worker
                 log.exception("engine_step_failed")
                 events = engine.fail_all(KVBankError("the worker met an internal error; retry the job"))
-            if events:
-                self.jobs.deliver(events)
-            elif engine.counters.steps == steps:
+            self.jobs.deliver(events)
+            if not events and engine.counters.steps == steps:
                 engine.wake.wait(0.01 if engine.busy else 0.5)
 
     def report(self, full: bool) -> Mapping[str, Any]:

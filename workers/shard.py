@@ -24,6 +24,7 @@ from kvbank.kvstore.vault import Arena
 from kvbank.workers.attend import JoinedAttention
 from kvbank.workers.batch import PAD_ROWS, StepPlan, StepResult
 from kvbank.workers.sampler import BadLogits, logprobs, sample
+from kvbank.workers.seams import nothing
 
 
 class Model(Protocol):
@@ -61,10 +62,11 @@ class LocalShard:
 
     # -- computing ---------------------------------------------------------------------------------------------------
 
-    def run(self, plan: StepPlan, *, keep_logits: bool = False) -> StepResult:
+    def run(self, plan: StepPlan, *, keep_logits: bool = False, meanwhile: Callable[[], None] = nothing) -> StepResult:
         started = perf_counter()
         with torch.inference_mode():
             hidden = self.forward(plan, None)
+            meanwhile()                              # next is the largest product; on a GPU also the wait for all before it
             result = self.finish(plan, hidden, keep_logits=keep_logits)
         result.lost = dict(self.attention.lost)
         result.forward_s = perf_counter() - started

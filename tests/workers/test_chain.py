@@ -25,7 +25,7 @@ from kvbank.workers.chain_bank import ChainBank
 from kvbank.workers.chain_fetcher import ChainFetcher
 from kvbank.workers.chain_frames import Books, Step
 from kvbank.workers.config import WorkerConfig
-from kvbank.workers.engine import Engine, Token
+from kvbank.workers.engine import Engine, Finished, Token
 from kvbank.workers.fetcher import TierFetcher
 from kvbank.workers.follower import Follower
 from kvbank.workers.models.config_reader import read_config
@@ -409,6 +409,18 @@ def test_a_bug_in_the_leader_leaves_no_shard_in_the_middle_of_a_step(replica, al
     chain.parts.shard.forward = forward
     again = run_jobs(chain.engine, JobSpec(id="c", prompt=text, max_tokens=4, ignore_eos=True))
     assert torch.equal(again.logits["c"], want.logits["a"]) and not again.tally["c"].reused
+
+
+def test_once_in_each_step_the_leader_has_time_for_other_things_before_the_last_shard_answers(replica, prompt) -> None:
+    chain, log = replica(2), []
+    chain.engine.meanwhile = lambda: log.append("meanwhile")
+    send, answer = chain.chain.send, chain.chain._result
+    chain.chain.send = lambda message: (log.append("step"), send(message)) if isinstance(message, Step) else send(message)
+    chain.chain._result = lambda *args: (result := answer(*args), log.append("answered"))[0]
+    chain.engine.add(JobSpec(id="a", prompt=prompt(1), max_tokens=3, ignore_eos=True))
+    while not any(isinstance(event, Finished) for event in chain.engine.step()):
+        pass
+    assert log == 3 * ["step", "meanwhile", "answered"]
 
 
 def test_shards_that_are_not_alike_refuse_each_other_by_name(replica, run_jobs, prompt) -> None:

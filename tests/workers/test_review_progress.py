@@ -119,7 +119,7 @@ class Faulty:
     def __init__(self, *faults: tuple[int, int]) -> None:
         self.faults = list(faults)
 
-    def run(self, plan, *, keep_logits=False) -> StepResult:
+    def run(self, plan, **_options) -> StepResult:
         (rows,), lost = plan.rows, {}
         if self.faults and rows.start == self.faults[0][0]:
             _, first = self.faults.pop(0)

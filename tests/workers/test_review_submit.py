@@ -92,9 +92,9 @@ def running(engine, jobs: JobsService) -> Iterator[None]:
 
     def turn() -> None:
         while not over.is_set():
-            if events := engine.step():
-                jobs.deliver(events)
-            else:
+            events = engine.step()
+            jobs.deliver(events)
+            if not events:
                 engine.wake.wait(0.01)
     thread = threading.Thread(target=turn)
     thread.start()
