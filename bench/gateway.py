@@ -5,7 +5,8 @@
 Decode: eight streams at once, all from one request to /v1/completions, against the engine's own steps; tokens of all turns by
 the seconds of all, whole answers counted; once more with every job traced into files. First token: one short prompt at a time
 on a small model, until its first chunk against until its first event. Leaving: from a reader's hang-up until the worker's
-blocks are free, as /v1/status tells it. Both sides run on one thread; the gateway and this client take what is left.
+blocks are free, as /v1/status tells it. Both sides run on one thread; the gateway and this client take what is left, and the
+client takes little: bytes of a socket, read as HTTP and JSON when the clock has stopped.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import re
+import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,9 @@ from kvbank.workers.sequence import JobSpec
 STREAMS, PROMPT_TOKENS, SMALL_VOCAB = 8, 16, 512
 REST_S = 0.01                        # before a first token is clocked: processes and caches are as cold on both sides
 BLOCKS = 1024
+TOKEN = re.compile(rb'"token_ids":\[\d')
+IDLE_S = 10                          # a connection is used again within it; the gateway closes those that rest for 30
+LAST_CHUNK = b"0\r\n\r\n"
 NAMES = count()
 
 
@@ -44,12 +50,14 @@ class Ours:
     def __init__(self, folder: Path, address: str, vocab: int) -> None:
         self.engine: Engine = build_engine(WorkerConfig(model=str(folder), device_blocks=BLOCKS))
         self._address = address.removeprefix("http://")
-        self._http, self._eye = self._connect(), self._connect()
-        self._rng, self._vocab = random.Random(vocab), vocab
+        self._socket, self._eye = self._connect(), http.client.HTTPConnection(self._address, timeout=120)
+        self._rng, self._vocab, self._used_at = random.Random(vocab), vocab, time.monotonic()
 
-    def _connect(self) -> http.client.HTTPConnection:
-        # Python's own client: httpx would add a millisecond of its own to each request.
-        return http.client.HTTPConnection(self._address, timeout=120)
+    def _connect(self) -> socket.socket:
+        host, port = self._address.rsplit(":", 1)
+        made = socket.create_connection((host, int(port)), timeout=120)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return made
 
     def prompt(self) -> list[int]:
         """One that nobody has seen."""
@@ -65,12 +73,13 @@ class Ours:
 
     def by_gateway(self, tokens: int) -> float:
         """As by_engine, through HTTP."""
-        prompts = [self.prompt() for _ in range(STREAMS)]
+        request = self._request([self.prompt() for _ in range(STREAMS)], tokens)
         began = time.perf_counter()
-        got = sum(len(choice["token_ids"]) for chunk in self._chunks(prompts, tokens) for choice in chunk["choices"])
-        if got != STREAMS * tokens:
-            raise RuntimeError(f"{got} tokens came instead of {STREAMS * tokens}")
-        return got / (time.perf_counter() - began)
+        answer = b"".join(self._answer(request))
+        seconds = time.perf_counter() - began
+        if (got := _tokens(answer)) != STREAMS * tokens:
+            raise RuntimeError(f"{got} tokens came instead of {STREAMS * tokens}: {answer[:200]!r}")
+        return got / seconds
 
     def first_by_engine(self) -> float:
         """Milliseconds to a first token."""
@@ -84,21 +93,26 @@ class Ours:
 
     def first_by_gateway(self) -> float:
         """As first_by_engine, through HTTP."""
-        prompt = self.prompt()
+        request, answer, arrived = self._request([self.prompt()], 1), b"", 0.0
         time.sleep(REST_S)
         began = time.perf_counter()
-        arrived = [time.perf_counter() for chunk in self._chunks([prompt], 1) if chunk["choices"][0]["token_ids"]]
-        return 1e3 * (arrived[0] - began)
+        for piece in self._answer(request):
+            answer += piece
+            if not arrived and TOKEN.search(answer):
+                arrived = time.perf_counter()
+        if _tokens(answer) != 1:
+            raise RuntimeError(f"no single token came: {answer[:200]!r}")
+        return 1e3 * (arrived - began)
 
     def left(self) -> float:
         """Milliseconds from hanging up in the middle of an answer to no block in use."""
-        chunks = self._chunks([self.prompt()], 4000)
-        next(chunks)
+        answer, pieces = b"", self._answer(self._request([self.prompt()], 4000))
+        while not TOKEN.search(answer):
+            answer += next(pieces)
         while not self._used():                      # the status is up to 0.1 s old
             time.sleep(0.005)
-        chunks.close()
-        self._http.close()
-        began, self._http = time.perf_counter(), self._connect()
+        self._socket.close()
+        began, self._socket = time.perf_counter(), self._connect()
         while self._used():
             time.sleep(0.005)
         return 1e3 * (time.perf_counter() - began)
@@ -107,17 +121,32 @@ class Ours:
         self._eye.request("GET", "/v1/status")
         return sum(worker["blocks_used"] for worker in json.loads(self._eye.getresponse().read())["workers"])
 
-    def _chunks(self, prompts: list[list[int]], tokens: int) -> Generator[dict[str, Any], None, None]:
-        body = {"prompt": prompts, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
-                "return_token_ids": True}
-        self._http.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        answer = self._http.getresponse()
-        if answer.status != 200:
-            raise RuntimeError(f"status {answer.status}")
-        with answer:
-            while line := answer.readline():
-                if line.startswith(b"data: {"):
-                    yield json.loads(line[6:])
+    def _request(self, prompts: list[list[int]], tokens: int) -> bytes:
+        if time.monotonic() > self._used_at + IDLE_S:
+            self._socket.close()
+            self._socket = self._connect()
+        body = json.dumps({"prompt": prompts, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+                           "return_token_ids": True})
+        return (f"POST /v1/completions HTTP/1.1\r\nHost: {self._address}\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n{body}").encode()
+
+    def _answer(self, request: bytes) -> Iterator[bytes]:
+        """Its bytes as they come, to the last chunk."""
+        self._socket.sendall(request)
+        answer = b""
+        while not answer.endswith(LAST_CHUNK):
+            piece = self._socket.recv(1 << 16)
+            answer += piece
+            if not piece or not answer.startswith(b"HTTP/1.1 200 "):
+                raise RuntimeError(f"no answer, or no end of it: {answer[:200]!r}")
+            yield piece
+        self._used_at = time.monotonic()
+
+
+def _tokens(answer: bytes) -> int:
+    """How many came."""
+    chunks = [json.loads(line) for line in re.findall(rb"data: (\{.*\})\n", answer)]
+    return sum(len(choice["token_ids"]) for chunk in chunks for choice in chunk["choices"])
 
 
 def main(argv: list[str] | None = None) -> int:

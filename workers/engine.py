@@ -156,14 +156,16 @@ class Engine:
         return made
 
     def _step(self, started: float, events: list[EngineEvent]) -> None:
+        if self._inbox or any(not seq.is_decoding for seq in self.scheduler.running):
+            self.meanwhile()                              # prompts make a long step: whatever waits does not wait for that
         self._take_inbox(started, events)
         self.room.absorb(self._bank.poll())
         events += [self._failed(seq, error) for seq, error in self.scheduler.expire(started)]
         plan = self.scheduler.next_plan(started)
         if plan is None:
             return
-        if any(rows.num_rows > 1 for rows in plan.rows):
-            self.meanwhile()                              # prompts make it a long step: whatever waits does not wait for that
+        if any(rows.remote or rows.host for rows in plan.rows):
+            self.meanwhile()                              # nor for a lender that may be silent
         result = self.backend.run(plan, keep_logits=self.keep_logits, meanwhile=self.meanwhile)
         if self.keep_logits and result.logits is not None:
             self._note_logits(plan, result.logits)

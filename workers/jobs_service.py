@@ -54,7 +54,7 @@ class JobsService:
         other tokens wait for a moment in the next step at which sending them takes nothing from it (Engine.meanwhile)."""
         self.tell()                                  # if that step had no such moment
         self._untold = events
-        if not self._engine.busy or any(self._urgent(event) for event in events):
+        if any(self._urgent(event) for event in events):
             self.tell()
 
     def tell(self) -> None:

@@ -30,7 +30,7 @@ class Backend(Protocol):
 
     def run(self, plan: StepPlan, *, keep_logits: bool = False, meanwhile: Callable[[], None] = nothing) -> StepResult:
         """meanwhile: call it once, when this thread is about to be without the interpreter's lock for long, in one large
-        product or in waiting: the threads that it wakes then cost the step nothing. Raises BackendLost."""
+        product or in waiting: the threads that it wakes then cost the step nothing. It never raises. Raises BackendLost."""
 
     def copy_tokens(self, source: SlotId, target: SlotId, start: int, stop: int) -> None:
         """Tokens start .. stop-1 of one slot over those of another."""

@@ -396,6 +396,7 @@ class ModelWorker(Worker):
             self.jobs.deliver(events)
             if not events and engine.counters.steps == steps:
                 engine.wake.wait(0.01 if engine.busy else 0.5)
+        self.jobs.tell()
 
     def report(self, full: bool) -> Mapping[str, Any]:
         report = super().report(full)

@@ -66,8 +66,7 @@ class LocalShard:
         started = perf_counter()
         with torch.inference_mode():
             hidden = self.forward(plan, None)
-            meanwhile()                              # next is the largest product; on a GPU also the wait for all before it
-            result = self.finish(plan, hidden, keep_logits=keep_logits)
+            result = self.finish(plan, hidden, keep_logits=keep_logits, meanwhile=meanwhile)
         result.lost = dict(self.attention.lost)
         result.forward_s = perf_counter() - started
         return result
@@ -86,7 +85,9 @@ class LocalShard:
         calls, self.attention.remote_calls = self.attention.remote_calls, 0
         return StepResult([], dict(self.attention.lost), remote_calls=calls)
 
-    def finish(self, plan: StepPlan, hidden: Tensor, *, keep_logits: bool = False) -> StepResult:
+    def finish(
+        self, plan: StepPlan, hidden: Tensor, *, keep_logits: bool = False, meanwhile: Callable[[], None] = nothing
+    ) -> StepResult:
         """Sample the plan's draws from the last shard's hidden states."""
         calls, self.attention.remote_calls = self.attention.remote_calls, 0
         if not plan.draws:
@@ -95,6 +96,7 @@ class LocalShard:
         chosen = hidden.index_select(0, rows)
         if self._bitwise and (fill := -len(rows) % PAD_ROWS):
             chosen = torch.cat([chosen, chosen.new_zeros(fill, chosen.shape[1])])
+        meanwhile()                                  # next is the largest product; on a GPU also the wait for all before it
         logits = self.model.logits(chosen)[: len(rows)]
         try:
             tokens = sample(logits, [draw.params for draw in plan.draws], [draw.position for draw in plan.draws])

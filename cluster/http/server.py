@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ HEADERS_S = 10.0                     # a connection must send its first request'
 HEADER_BYTES = 32 << 10              # of one request; an endless head is hung up on, a long one answered 431
 HEADERS = 100
 MAX_CONNECTIONS = 2048
+KEY_SPACES = 1024                    # tenants and salts whose root key is remembered
 FRAME_BYTES = 8192                   # what a parked span takes on the host beside its KV, at most
 
 
@@ -139,6 +141,11 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
         links = Links(settings.badge)
         roster = Roster(links, settings.control)
 
+        @lru_cache(maxsize=KEY_SPACES)
+        def root(key_space: str, numerics: str) -> bytes:
+            return root_key(settings.cache_secret, tenant=key_space, model_digest=settings.model_digest, layout=layout,
+                            numerics=numerics)
+
         def keys(key_space: str, prompt: bytes) -> bytes:
             numerics = ""
             if settings.exactness == "bitwise":
@@ -146,9 +153,7 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
                 if len(named) != 1:
                     return b""                       # the worker hashes for itself
                 numerics = named.pop()
-            root = root_key(settings.cache_secret, tenant=key_space, model_digest=settings.model_digest, layout=layout,
-                            numerics=numerics)
-            return b"".join(block_keys(root, prompt, settings.block_size))
+            return b"".join(block_keys(root(key_space, numerics), prompt, settings.block_size))
 
         def capacity() -> int | None:
             if config.windows and all(window is not None for window in config.windows):

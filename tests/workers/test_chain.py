@@ -411,16 +411,17 @@ def test_a_bug_in_the_leader_leaves_no_shard_in_the_middle_of_a_step(replica, al
     assert torch.equal(again.logits["c"], want.logits["a"]) and not again.tally["c"].reused
 
 
-def test_once_in_each_step_the_leader_has_time_for_other_things_before_the_last_shard_answers(replica, prompt) -> None:
-    chain, log = replica(2), []
+def test_once_in_each_step_the_leader_has_time_for_other_things_while_the_others_compute(replica, prompt) -> None:
+    chain, log = replica(3), []
     chain.engine.meanwhile = lambda: log.append("meanwhile")
-    send, answer = chain.chain.send, chain.chain._result
-    chain.chain.send = lambda message: (log.append("step"), send(message)) if isinstance(message, Step) else send(message)
-    chain.chain._result = lambda *args: (result := answer(*args), log.append("answered"))[0]
+    forward, answer = chain.parts.shard.forward, chain.chain._result
+    chain.parts.shard.forward = lambda *args: (log.append("layers"), forward(*args))[1]
+    chain.chain._result = lambda *args: (answer(*args), log.append("answered"))[0]
     chain.engine.add(JobSpec(id="a", prompt=prompt(1), max_tokens=3, ignore_eos=True))
     while not any(isinstance(event, Finished) for event in chain.engine.step()):
-        pass
-    assert log == 3 * ["step", "meanwhile", "answered"]
+        log.append("next")
+    step = ["layers", "meanwhile", "answered", "answered"]
+    assert log == ["meanwhile", *step, "next", *step, "next", *step]     # the first: of the step that takes the job up
 
 
 def test_shards_that_are_not_alike_refuse_each_other_by_name(replica, run_jobs, prompt) -> None:
