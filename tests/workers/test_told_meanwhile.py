@@ -66,11 +66,12 @@ def test_the_first_word_of_a_resumed_job_is_told_at_once(worker, prompt) -> None
     assert worker.turn() == ["layers", "head"]
 
 
-def test_no_token_waits_for_the_prompts_of_others(worker, prompt) -> None:
+def test_no_token_waits_for_the_prompts_of_others(alone, monkeypatch, prompt) -> None:
+    worker = Worker(alone(prefill_chunk_tokens=128), monkeypatch)
     worker.begin(1, prompt(20), 40)
     worker.turn(), worker.turn()
     worker.begin(2, prompt(300), 4)
-    assert worker.turn()[:2] == [[1], "layers"]
+    assert [worker.turn()[:2] for _ in range(3)] == [[[1], "layers"], [[2], "layers"], [[3], "layers"]]
 
 
 def test_no_token_waits_for_a_prompt_that_is_copied_from_elsewhere(worker, prompt) -> None:
