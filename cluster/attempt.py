@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from kvbank.cluster.job import Job, Logprob
 from kvbank.cluster.submit_line import MESSAGE_BYTES, Lane
@@ -56,10 +55,12 @@ class Attempt:
         self._loop = asyncio.get_running_loop()
         self._outcome: asyncio.Future[Lost | None] = self._loop.create_future()
         self._heard_at = self._loop.time()
+        self._receipt: jobs_pb2.Receipt | None = None
 
     async def run(self) -> Lost | None:
         """None: the job is settled. Raises the error that ends the job, also the one it was asked to end with."""
-        job, watch = self._job, asyncio.create_task(self._watch())
+        job = self._job
+        self._watch = self._loop.call_later(self._silence_s, self._look)
         try:
             message = self._message()
             if message.ByteSize() > MESSAGE_BYTES:   # it would end the stream, and everybody's lane with it
@@ -71,15 +72,18 @@ class Attempt:
                 self.cancel(job.ending)
             return await self._outcome
         finally:
-            watch.cancel()
+            self._watch.cancel()
+            if self._receipt is not None:            # read when the last tokens are on their way to who waits for them
+                job.receipt = receipt_body(self._receipt)
             job.attempt_running = None
             self._lane.leave()
 
-    async def _watch(self) -> None:
-        """A look now and then: a timer that each reply sets anew costs more than what it guards."""
-        while (left := self._heard_at + self._silence_s - self._loop.time()) > 0:
-            await asyncio.sleep(left)
-        self.lane_lost("silent")
+    def _look(self) -> None:
+        """Now and then: a timer that each reply sets anew costs more than what it guards."""
+        if (left := self._heard_at + self._silence_s - self._loop.time()) > 0:
+            self._watch = self._loop.call_later(left, self._look)
+        else:
+            self.lane_lost("silent")
 
     def cancel(self, reason: str) -> None:
         """Tell the worker, and stop waiting for its receipt after the grace period."""
@@ -128,7 +132,7 @@ class Attempt:
 
     def _message(self) -> jobs_pb2.Job:
         job, spec = self._job, self._job.spec
-        left_ms, emitted = 0, np.asarray(job.ids, dtype="<i4").tobytes()
+        left_ms, emitted = 0, array("i", job.ids).tobytes()
         if spec.deadline_s is not None:
             left_ms = max(1, int(1000 * (job.started_at + spec.deadline_s - self._clock())))
         return jobs_pb2.Job(
@@ -151,7 +155,7 @@ class Attempt:
         if skip < 0:
             return False
         now, before = self._clock(), len(job.ids)
-        ids = np.frombuffer(tokens.ids, dtype="<i4").tolist()
+        ids = array("i", tokens.ids).tolist()
         likely = _logprobs(tokens, len(ids)) if tokens.logprobs else [None] * len(ids)
         for token, logprob in zip(ids[skip:], likely[skip:], strict=True):
             job.take(token, now, logprob)
@@ -174,8 +178,7 @@ class Attempt:
         self._job.announce()
 
     def _done(self, done: jobs_pb2.Done) -> None:
-        job = self._job
-        job.receipt = receipt_body(done.receipt)
+        job, self._receipt = self._job, done.receipt
         if job.ending == "stop":
             job.finish_reason = "stop"
         elif done.finish_reason in ("stop", "length"):
@@ -184,8 +187,7 @@ class Attempt:
             raise ending_error(job) if job.ending else Cancelled("the worker cancelled this job")
 
     def _failed(self, failed: jobs_pb2.Failed) -> Lost | None:
-        job = self._job
-        job.receipt = receipt_body(failed.receipt)
+        job, self._receipt = self._job, failed.receipt
         if job.ending:
             return self._over(failed.code)
         message = failed.message
@@ -212,7 +214,7 @@ class Attempt:
 
 def _logprobs(tokens: jobs_pb2.Tokens, count: int) -> list[Logprob | None]:
     """One per token; None where the message does not hold together."""
-    drawn = np.frombuffer(tokens.logprobs, dtype="<f4").tolist()
+    drawn = array("f", tokens.logprobs).tolist()
     each = len(tokens.top_ids) // max(1, count)      # bytes of ids, and as many of values, beside each token
     if len(drawn) != count or len(tokens.top_logprobs) != len(tokens.top_ids) or each * count != len(tokens.top_ids) or each % 4:
         return [None] * count

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from kvbank.cluster.job import Job
@@ -54,21 +53,34 @@ async def follow(jobs: Sequence[Job], first: int = 0, *, quiet_s: float) -> Asyn
     """(number of the job, what it said next) of all that came at once, until each has ended; an empty list when `quiet_s`
     passed or only progress changed."""
     cursors, news = [Cursor(job, first) for job in jobs], asyncio.Event()
+    loop = asyncio.get_running_loop()
+    since = loop.time()                              # when it began to wait
 
     def came() -> list[tuple[int, Piece]]:
         return [(number, piece) for number, cursor in enumerate(cursors) for piece in cursor.take()]
 
+    timer: asyncio.TimerHandle
+
+    def look() -> None:
+        """Now and then: a timer for each wait costs more than the waits."""
+        nonlocal timer
+        if (left := since + quiet_s - loop.time()) <= 0:
+            news.set()
+            left = quiet_s
+        timer = loop.call_later(left, look)
+
+    timer = loop.call_later(quiet_s, look)
     for job in jobs:
         job.watchers.add(news)
     try:
         while not all(cursor.ended for cursor in cursors):
             news.clear()
             if not (said := came()):
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(quiet_s):
-                        await news.wait()
+                since = loop.time()
+                await news.wait()
                 said = came()
             yield said
     finally:
+        timer.cancel()
         for job in jobs:
             job.watchers.discard(news)

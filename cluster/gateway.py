@@ -198,12 +198,13 @@ class Gateway:
     def _admit(self, spec: JobSpec) -> Job:
         self._last_age = max(self._last_age + 1e-6, time.time())
         keys = self._block_keys(spec.key_space, spec.prompt)
+        drawn = secrets.token_hex(32)
         job = Job(
-            id=spec.job_id or f"job-{secrets.token_hex(12)}",
-            wire_id=f"j-{secrets.token_hex(12)}",
+            id=spec.job_id or f"job-{drawn[:24]}",
+            wire_id=f"j-{drawn[24:48]}",
             spec=spec,
             text=self._open_text(spec.stop),
-            seed=spec.seed if spec.seed is not None else secrets.randbits(63),
+            seed=spec.seed if spec.seed is not None else int(drawn[48:], 16) >> 1,
             age=self._last_age,
             created=time.time(),
             started_at=self._clock(),
@@ -358,7 +359,7 @@ class Gateway:
 
     def _finish_receipt(self, job: Job) -> None:
         """Numbers that only the gateway can know: of the whole job and not of its last attempt."""
-        receipt = job.receipt = {**receipt_body(jobs_pb2.Receipt()), **job.receipt}
+        receipt = job.receipt = job.receipt or receipt_body(jobs_pb2.Receipt())
         receipt["prompt_tokens"] = job.prompt_tokens
         receipt["output_tokens"] = len(job.ids)
         receipt["ttft_s"] = max(0.0, job.first_token_at - job.started_at) if job.ids else 0.0

@@ -43,7 +43,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
-    """A job as asked for, checked. `fingerprint` covers all that decides the answer, so a repeated job_id is safe."""
+    """A job as asked for, checked."""
 
     tenant: str
     prompt: bytes                    # token ids, int32 little-endian
@@ -61,7 +61,7 @@ class JobSpec:
     job_id: str | None = None
     cache_salt: str = ""             # jobs of other salts, or of none, share no KV with this one
     logprobs: int | None = None      # likely tokens wanted beside each drawn one's log-probability; None: nothing of it
-    fingerprint: bytes = b""
+    fingerprint: bytes = b""         # of a job with a job_id: all that decides the answer, so that it is safe to repeat
 
     @property
     def prompt_tokens(self) -> int:
@@ -163,7 +163,7 @@ class Intake:
         self._check_length(len(prompt) // 4, sampling["max_tokens"])
         return JobSpec(
             tenant=tenant, prompt=prompt, segments=segments, deadline_s=deadline_s, job_id=job_id,
-            fingerprint=_fingerprint(prompt, segments, sampling), **sampling,
+            fingerprint=_fingerprint(prompt, segments, sampling) if job_id is not None else b"", **sampling,
         )
 
     async def chat(self, messages: Any, *, add_generation_prompt: bool = True) -> Rendered:

@@ -9,11 +9,10 @@ Everything wrong is an InvalidRequest or TooLong that names its place. Knows a v
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from kvbank.cluster.fields import Fields, check_text, shown
 from kvbank.errors import InvalidRequest, TooLong
@@ -103,12 +102,14 @@ def token_bytes(ids: Any, where: str, vocab: int) -> bytes:
         raise InvalidRequest(f"{where}: token ids must be a list of integers")
     if len(ids) > WIRE_TOKENS:
         raise TooLong(f"{where} has {len(ids)} tokens, at most {WIRE_TOKENS} fit one job")
-    if not all(type(i) is int and 0 <= i < vocab for i in ids):
+    if not ids:
+        return b""
+    if not (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab):
         at = next(n for n, i in enumerate(ids) if not (type(i) is int and 0 <= i < vocab))
         raise InvalidRequest(
             f"{where}: token {at} is {shown(ids[at])}; ids are integers from 0 to {vocab - 1} for this model"
         )
-    return np.asarray(ids, dtype="<i4").tobytes()
+    return array("i", ids).tobytes()
 
 
 def chat_messages(messages: Any) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc.aio
@@ -44,7 +44,8 @@ class Roster:
         self._control = control
         self._every_s = every_s
         self._timeout_s = timeout_s
-        self.members: list[MemberView] = []
+        self.members: list[MemberView] = []          # another list after each refresh
+        self._serving: list[Worker] = []
         self._task: asyncio.Task[None] | None = None
         self._listeners: list[Callable[[], None]] = []
 
@@ -73,25 +74,16 @@ class Roster:
         except grpc.aio.AioRpcError as error:
             log.debug("roster control_silent code=%s", error.code().name)
             return
-        before = {(w.id, w.boot) for w in self.workers()}
+        before = {(w.id, w.boot) for w in self._serving}
         self.members = list(reply.members)
-        if {(w.id, w.boot) for w in self.workers()} != before:
+        self._serving = serving(self.members)
+        if {(w.id, w.boot) for w in self._serving} != before:
             for listener in self._listeners:
                 listener()
 
     def workers(self) -> list[Worker]:
         """Replicas with every shard alive, by id."""
-        alive = [v for v in self.members if v.silent_s < SILENT_S]
-        shards: dict[int, int] = {}
-        for view in alive:
-            if view.member.kind == "model":
-                shards[view.member.replica] = shards.get(view.member.replica, 0) + 1
-        leads = [
-            v for v in alive
-            if v.member.kind == "model" and v.member.shard == 0
-            and shards[v.member.replica] >= max(1, v.member.shards)
-        ]
-        return sorted((_worker(view) for view in leads), key=lambda w: w.id)
+        return self._serving
 
     async def holders(self, keys: bytes) -> dict[str, int]:
         """Leading blocks of `keys` that every shard of a replica holds, by the id of its leading shard.
@@ -116,6 +108,21 @@ class Roster:
             if member.shard == 0:
                 leads[member.replica] = member.id
         return {name: held[replica] for replica, name in leads.items() if held[replica]}
+
+
+def serving(members: Sequence[MemberView]) -> list[Worker]:
+    """The leads of replicas with every shard alive, by id."""
+    alive = [v for v in members if v.silent_s < SILENT_S]
+    shards: dict[int, int] = {}
+    for view in alive:
+        if view.member.kind == "model":
+            shards[view.member.replica] = shards.get(view.member.replica, 0) + 1
+    leads = [
+        v for v in alive
+        if v.member.kind == "model" and v.member.shard == 0
+        and shards[v.member.replica] >= max(1, v.member.shards)
+    ]
+    return sorted((_worker(view) for view in leads), key=lambda w: w.id)
 
 
 def _worker(view: MemberView) -> Worker:

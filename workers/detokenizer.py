@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
@@ -24,10 +25,27 @@ WINDOW = 24                                  # pending ids at which the window m
 HALF = "\ufffd"                              # how decoders show a character that is incomplete or invalid
 
 
+@dataclass(frozen=True, slots=True)
+class ByteRuns:
+    """Whether tokens like <0xE2> stand for bytes (sentencepiece models) rather than for themselves."""
+
+    there: bool
+    unseen: frozenset[int] = frozenset()     # special tokens: decoding leaves them out, so they do not end a run of bytes
+
+
+def byte_runs(tokenizer: Tokenizer) -> ByteRuns:
+    """Of one model."""
+    decoder = tokenizer.decoder
+    if decoder is None or '"ByteFallback"' not in json.dumps(json.loads(decoder.__getstate__())):
+        return ByteRuns(False)
+    return ByteRuns(True, frozenset(token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special))
+
+
 class TextStream:
     """The text of one answer while its tokens arrive. Raises InvalidRequest for an empty stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, runs: ByteRuns | None = None) -> None:
+        """runs: `byte_runs` of the tokenizer, for who opens many."""
         if any(not text for text in stop):
             raise InvalidRequest("a stop string is empty; leave it out")
         self._tokenizer = tokenizer
@@ -36,8 +54,7 @@ class TextStream:
         self._shown = 0                      # characters of the window's text that were already taken
         self._held = ""                      # definite text that may begin a stop string
         self._parts: list[str] = []
-        self._byte_run = _has_byte_fallback(tokenizer)
-        self._unseen = _skipped_ids(tokenizer) if self._byte_run else frozenset()
+        self._runs = runs or byte_runs(tokenizer)
         self.stopped = False                 # a stop string was found; what follows it is ignored
 
     @property
@@ -50,7 +67,7 @@ class TextStream:
         if self.stopped or not token_ids:
             return ""
         self._window.extend(token_ids)
-        if self._byte_run and self._ends_in_byte_run():
+        if self._runs.there and self._ends_in_byte_run():
             return ""                        # one invalid byte would turn the whole run into U+FFFD
         text = self._tokenizer.decode(self._window)
         # An incomplete character is shown as exactly one U+FFFD; all before it can no longer change.
@@ -95,7 +112,7 @@ class TextStream:
 
     def _ends_in_byte_run(self) -> bool:
         for token in reversed(self._window):
-            if token not in self._unseen and (piece := self._tokenizer.id_to_token(token)) is not None:
+            if token not in self._runs.unseen and (piece := self._tokenizer.id_to_token(token)) is not None:
                 return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
         return False
 
@@ -106,14 +123,3 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
-
-
-def _has_byte_fallback(tokenizer: Tokenizer) -> bool:
-    """Whether tokens like <0xE2> stand for bytes (sentencepiece models) rather than for themselves."""
-    decoder = tokenizer.decoder
-    return decoder is not None and '"ByteFallback"' in json.dumps(json.loads(decoder.__getstate__()))
-
-
-def _skipped_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Special tokens: decoding leaves them out, so they do not end a run of bytes."""
-    return frozenset(token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special)

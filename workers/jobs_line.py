@@ -2,8 +2,8 @@
 
     engine thread --put(events of a step)--> line --replies()--> | SubmitReplies | --> gateway      one wake-up a step
 
-Says what happened on each lane, in order, and `progress` where nothing else was said for PROGRESS_S. `accepted` goes along
-with a lane's first other word: a message of its own would be sent while the engine makes the first token. Decides nothing.
+Says what happened on each lane, in order, and `progress` where nothing else was said for PROGRESS_S. A lane's first word
+says that the job was accepted, unless it is `failed`: then `accepted` goes before it. Decides nothing.
 """
 
 from __future__ import annotations
@@ -102,25 +102,26 @@ class Line:
         got their last word."""
         quiet_at = self._clock() + PROGRESS_S
         while not self._closed:
-            made = self._collect(max(0.0, quiet_at - self._clock()), ended)
+            for made in self._collect(max(0.0, quiet_at - self._clock()), ended):
+                yield from _messages(made)
             if (now := self._clock()) >= quiet_at:
-                made += self._quiet(now)
+                yield from _messages(self._quiet(now))
                 quiet_at = now + PROGRESS_S
-            for first in range(0, len(made), REPLIES_A_MESSAGE):
-                yield pb.SubmitReplies(replies=made[first : first + REPLIES_A_MESSAGE])
             if self._last_word and not self._lanes and self._news.empty():
                 return
 
-    def _collect(self, within_s: float, ended: Callable[[Lane], None]) -> list[pb.SubmitReply]:
-        """All that is there; tokens of one lane that came in several steps travel together."""
+    def _collect(self, within_s: float, ended: Callable[[Lane], None]) -> Iterator[list[pb.SubmitReply]]:
+        """All that is there; tokens of one lane that came in several steps travel together, and are on their way when the last
+        words of lanes are made."""
         try:
             news = [self._news.get(timeout=within_s)]
         except queue.Empty:
-            return []
+            return
         while not self._news.empty():
             news.append(self._news.get())
         made: list[pb.SubmitReply] = []
         spoken: dict[int, Lane] = {}                             # lanes with tokens to tell
+        over: list[tuple[Lane, Finished | Failed]] = []
         for word in news:
             if isinstance(word, pb.SubmitReply):
                 made.append(word)
@@ -133,12 +134,17 @@ class Line:
                     spoken[lane.number] = lane
                 else:
                     made += self._tokens(spoken.pop(lane.number, lane))
-                    made += self._begun(lane, self._last(lane, event))
-                    self.leave(lane.number)
-                    ended(lane)
+                    over.append((lane, event))
         for lane in spoken.values():
             made += self._tokens(lane)
-        return made
+        yield made
+        made = []
+        for lane, event in over:
+            if self._lanes.get(lane.number) is lane:             # still
+                made += self._begun(lane, self._last(lane, event))
+                self.leave(lane.number)
+                ended(lane)
+        yield made
 
     def _tokens(self, lane: Lane) -> Iterator[pb.SubmitReply]:
         told, lane.tokens = lane.tokens, []
@@ -149,10 +155,10 @@ class Line:
             yield from self._begun(lane, pb.SubmitReply(lane=lane.number, tokens=tokens(part)))
 
     def _begun(self, lane: Lane, reply: pb.SubmitReply) -> list[pb.SubmitReply]:
-        """The reply, after `accepted` if it is the lane's first."""
-        if lane.accepted:
+        """The reply, after `accepted` if it is a lane's first and would be taken for a refusal without it."""
+        told, lane.accepted = lane.accepted, True
+        if told or not reply.HasField("failed"):
             return [reply]
-        lane.accepted = True
         return [pb.SubmitReply(lane=lane.number, accepted=pb.Accepted(worker=self._worker)), reply]
 
     def _last(self, lane: Lane, event: Finished | Failed) -> pb.SubmitReply:
@@ -181,6 +187,11 @@ class Line:
             told = [pb.Progress() for _ in lanes]
         return [reply for lane, each in zip(lanes, told, strict=True)
                 for reply in self._begun(lane, pb.SubmitReply(lane=lane.number, progress=each))]
+
+
+def _messages(made: Sequence[pb.SubmitReply]) -> Iterator[pb.SubmitReplies]:
+    for first in range(0, len(made), REPLIES_A_MESSAGE):
+        yield pb.SubmitReplies(replies=made[first : first + REPLIES_A_MESSAGE])
 
 
 def tokens(events: list[Token]) -> pb.Tokens:

@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from kvbank.cluster.fields import parse_json
@@ -67,9 +67,9 @@ def build_app(front: Front) -> Starlette:
     app.router.redirect_slashes = False
     doorman = Doorman(front.api_keys)
     feed = app.state.feed = ops_routes.build_feed(front)
-    rooms: list[tuple[str, Routes]] = [                 # one door each
-        (OPEN, status.open_routes(front)), (OPEN, dashboard_routes.routes(front)),
+    rooms: list[tuple[str, Routes]] = [                 # one door each; looked through in this order
         (USER, openai.routes(front)), (USER, jobs.routes(front)), (USER, status.routes(front)),
+        (OPEN, status.open_routes(front)), (OPEN, dashboard_routes.routes(front)),
         (OPS, status.ops_routes(front, doorman)), (OPS, ops_routes.routes(front, feed)),
     ]
     app.state.meters, app.state.doors = front.gateway.meters, {}
@@ -96,12 +96,16 @@ async def read_body(request: Request, limits: HttpLimits) -> dict[str, Any]:
     size = 0
     try:
         async with asyncio.timeout(limits.body_s):
-            async for part in request.stream():
+            more = True
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                part, more = message.get("body", b""), message.get("more_body", False)
                 size += len(part)
                 if too_big or size > limits.body_bytes:
                     too_big, parts = True, []        # read on and drop, so that the caller can hear the answer
-                    if size > 4 * limits.body_bytes:
-                        break
+                    more = more and size <= 4 * limits.body_bytes
                 else:
                     parts.append(part)
     except TimeoutError:

@@ -33,7 +33,9 @@ _HEADERS = [
 API_CSP = b"default-src 'none'; frame-ancestors 'none'"
 PAGE_CSP = (b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
             b"font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-PAGES = b"/dashboard"
+_API_HEADERS = [*_HEADERS, (b"content-security-policy", API_CSP)]
+_PAGE_HEADERS = [*_HEADERS, (b"content-security-policy", PAGE_CSP)]
+PAGES = "/dashboard"
 HEALTH = "/health"                           # for probes, which speak to an address of their choice; holds nothing
 
 
@@ -64,8 +66,8 @@ class Doorman:
 
     def __init__(self, api_keys: Callable[[], Mapping[str, str]] | Mapping[str, str]) -> None:
         """api_keys: {key: tenant or tenant:role}, or a function that says which are valid now: asked on every request."""
-        fixed = None if callable(api_keys) else api_keys
-        self._current: Callable[[], Mapping[str, str]] = api_keys if callable(api_keys) else lambda: fixed or {}
+        fixed: Mapping[str, str] = {} if callable(api_keys) else api_keys
+        self._current: Callable[[], Mapping[str, str]] = api_keys if callable(api_keys) else lambda: fixed
         self._read: Mapping[str, str] | None = None
         self._callers: dict[bytes, Caller] = {}
         self._csrf = secrets.token_bytes(32)
@@ -133,15 +135,14 @@ class OriginGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        page = scope["path"].encode().startswith(PAGES)
-        extra = [*_HEADERS, (b"content-security-policy", PAGE_CSP if page else API_CSP)]
+        extra = _PAGE_HEADERS if scope["path"].startswith(PAGES) else _API_HEADERS
 
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", []), *extra]}
             await send(message)
 
-        if scope["path"] != HEALTH and self._foreign({name: value.decode("latin-1").lower() for name, value in scope["headers"]}):
+        if scope["path"] != HEALTH and self._foreign(dict(scope["headers"])):
             self._refused("forbidden")
             body = {"error": {"message": "this gateway does not answer to pages and names of other sites",
                               "type": "permission_error", "param": None, "code": "forbidden"}}
@@ -149,13 +150,13 @@ class OriginGuard:
             return
         await self._app(scope, receive, send_with_headers)
 
-    def _foreign(self, headers: Mapping[bytes, str]) -> bool:
-        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+    def _foreign(self, headers: Mapping[bytes, bytes]) -> bool:
+        host, origin = headers.get(b"host", b"").decode("latin-1").lower(), headers.get(b"origin")
         if self._hosts is not None and _host_name(host) not in self._hosts:
             return True
         if origin is None:
             return False
-        named = origin.partition("://")[2]
+        named = origin.decode("latin-1").lower().partition("://")[2]
         return _host_name(named) not in self._hosts if self._hosts is not None else named != host
 
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def event(data: Any, *, name: str | None = None, number: int | None = None) -> bytes:
@@ -19,7 +20,7 @@ def event(data: Any, *, name: str | None = None, number: int | None = None) -> b
     head = f"event: {name}\n" if name else ""
     if number is not None:
         head += f"id: {number}\n"
-    return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    return f"{head}data: {_ENCODER.encode(data)}\n\n".encode()
 
 
 class EventStream(Response):
@@ -57,9 +58,13 @@ class EventStream(Response):
 
     async def _pump(self, send: Any) -> None:
         async for chunk in self._events:
+            message = {"type": "http.response.body", "body": chunk, "more_body": True}
+            if self._patience_s is None:
+                await send(message)
+                continue
             try:
                 async with asyncio.timeout(self._patience_s):
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    await send(message)
             except TimeoutError:
                 return                               # an unfinished answer: the server closes the connection
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -16,7 +16,7 @@ from kvbank.cluster.fields import Fields
 from kvbank.cluster.follow import Piece
 from kvbank.cluster.http import chat, choices, openapi, tokens
 from kvbank.cluster.http.app import Front, read_body
-from kvbank.cluster.http.choices import Choices, check, check_count, check_model, finish_reason, read_wish, respond, submit
+from kvbank.cluster.http.choices import Choices, Wish, check, check_count, check_model, finish_reason, read_wish, respond, submit
 from kvbank.cluster.http.logprobs import Offsets, completion_logprobs, wanted_by_completion
 from kvbank.cluster.http.routes import Routes
 from kvbank.cluster.job import Job
@@ -34,6 +34,13 @@ def routes(front: Front) -> Routes:
         "max_model_len": front.intake.facts.max_position,
     }
 
+    @made.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        body = await read_body(request, front.limits)
+        return await respond(request, await _begin(front, body, request.state.tenant))
+
+    chat.add_routes(made, front)
+
     @made.get("/v1/models")
     async def models(_request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [model]})
@@ -43,12 +50,6 @@ def routes(front: Front) -> Routes:
         check_model(front, request.path_params["name"])
         return JSONResponse(model)
 
-    @made.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        body = await read_body(request, front.limits)
-        return await respond(request, await _begin(front, body, request.state.tenant))
-
-    chat.add_routes(made, front)
     tokens.add_routes(made, front)
     openapi.add_routes(made)
     return made
@@ -67,7 +68,7 @@ async def _begin(front: Front, body: dict[str, Any], tenant: str) -> Choices:
     said = [await front.intake.prompt_text(prompt) for prompt in prompts] if echo else [""] * len(prompts)
     jobs = await submit(front, body, prompts, tenant, max_tokens=16, logprobs=wish.logprobs)
     echoes = [text for text in said for _ in range(len(jobs) // len(prompts))]
-    return Choices(front, jobs, wish, _Text(front, echoes))
+    return Choices(front, jobs, wish, _Text(front, echoes, wish))
 
 
 class _Text:
@@ -75,10 +76,10 @@ class _Text:
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, front: Front, echoes: list[str]) -> None:
+    def __init__(self, front: Front, echoes: list[str], wish: Wish) -> None:
         """echoes: of each choice, the prompt's text that its own begins with."""
         self._pieces, self._echoes = front.intake.pieces, echoes
-        self._offsets = [Offsets(self._pieces) for _ in echoes]
+        self._offsets = [Offsets(self._pieces) for _ in echoes] if wish.logprobs is not None else []
 
     def opening(self, number: int) -> dict[str, Any] | None:
         if not (echo := self._echoes[number]):

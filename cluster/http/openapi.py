@@ -96,7 +96,7 @@ def document(app: Starlette) -> dict[str, Any]:
     """Of an application made by build_app: every route behind its door."""
     paths: dict[str, dict[str, Any]] = {}
     for (method, path), role in sorted(app.state.doors.items()):
-        if method != "HEAD" and not path.startswith(PAGES.decode()):     # pages are for people
+        if method != "HEAD" and not path.startswith(PAGES):     # pages are for people
             path = re.sub(r":\w+}", "}", path)
             told = _ROUTES.get((method, path)) or _Told(f"{method} {path}")
             paths.setdefault(path, {})[method.lower()] = _operation(method, path, role, told)

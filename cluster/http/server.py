@@ -37,7 +37,7 @@ from kvbank.kvstore.hashing import block_keys, root_key
 from kvbank.kvstore.layout import Layout
 from kvbank.kvstore.traces import open_traces
 from kvbank.kvstore.transport.badge import Badge
-from kvbank.proto.control_pb2 import Member
+from kvbank.proto.control_pb2 import Member, MemberView
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ class GatewaySettings:
 def build_gateway(settings: GatewaySettings) -> GatewayServer:
     """A gateway for a cluster whose control plane is up. Raises ModelError or ConfigError before it starts anything."""
     from kvbank.workers.detokenizer import TextStream as Detokenizer
+    from kvbank.workers.detokenizer import byte_runs
     from kvbank.workers.models.chat_template import load_chat_template
     from kvbank.workers.models.config_reader import read_config
     from kvbank.workers.models.tokenizer import load_tokenizer
@@ -118,8 +119,10 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
         max_position=config.max_position,
     )
 
+    runs = byte_runs(tokenizer)
+
     def open_text(stop: tuple[str, ...]) -> TextStream:
-        return Detokenizer(tokenizer, list(stop))
+        return Detokenizer(tokenizer, stop, runs=runs)
 
     def encode(text: str, at_start: bool) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=at_start).ids)
@@ -155,13 +158,19 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
                 numerics = named.pop()
             return b"".join(block_keys(root(key_space, numerics), prompt, settings.block_size))
 
+        sliding = bool(config.windows) and all(window is not None for window in config.windows)
+        counted: tuple[list[MemberView], int | None] = ([], None)
+
         def capacity() -> int | None:
-            if config.windows and all(window is not None for window in config.windows):
+            nonlocal counted
+            if sliding:
                 return None                          # spans behind every window are let go: any length fits
-            return capacity_tokens(
-                [view.member for view in roster.members], span_tokens=settings.span_tokens,
-                host_bytes=settings.host_bytes, lend_cap=settings.lend_cap,
-            )
+            if counted[0] is not roster.members:     # asked for every job, and they are news twice a second
+                counted = (roster.members, capacity_tokens(
+                    [view.member for view in roster.members], span_tokens=settings.span_tokens,
+                    host_bytes=settings.host_bytes, lend_cap=settings.lend_cap,
+                ))
+            return counted[1]
 
         gateway = Gateway(
             roster=roster, links=links, open_text=open_text, block_keys=keys,

@@ -155,7 +155,18 @@ def test_stop_said_twice_is_still_stop(alone, prompt) -> None:
     gateway.say_no_more()
     with running(engine, jobs):
         said = kinds(gateway.hear_to_the_end(), 1)
-    assert said[0] == "accepted" and said[-1] == "done" and said.count("done") == 1
+    assert said[-1] == "done" and said.count("done") == 1
+
+
+def test_a_job_that_fails_after_it_was_taken_up_is_no_refusal(alone, prompt) -> None:
+    engine = alone()
+    jobs = service(engine)
+    gateway = Gateway(jobs, Call())
+    gateway.say(request(prompt(20)), cancel(reason="client"), request([], lane=2))
+    gateway.say_no_more()
+    with running(engine, jobs):
+        replies = gateway.hear_to_the_end()
+    assert kinds(replies, 1) == ["accepted", "failed"] and kinds(replies, 2) == ["failed"]
 
 
 def test_a_lane_that_is_left_ends_its_job_and_nothing_else(alone, prompt, until) -> None:
@@ -305,5 +316,5 @@ def test_progress_that_cannot_be_told_does_not_make_jobs_look_silent(alone, prom
     assert all(line.open(Lane(number, JobSpec(id=str(number), prompt=[1], max_tokens=1))) for number in (1, 2))
     now[0] = PROGRESS_S
     assert [(reply.lane, reply.WhichOneof("kind")) for reply in line._quiet(now[0])] == [
-        (1, "accepted"), (1, "progress"), (2, "accepted"), (2, "progress")]
+        (1, "progress"), (2, "progress")]
     assert "progress_not_made" in caplog.text
