@@ -56,6 +56,7 @@ class Attempt:
         self._outcome: asyncio.Future[Lost | None] = self._loop.create_future()
         self._heard_at = self._loop.time()
         self._receipt: jobs_pb2.Receipt | None = None
+        self._uncounted = 0                          # tokens that are taken and not told to on_tokens yet
 
     async def run(self) -> Lost | None:
         """None: the job is settled. Raises the error that ends the job, also the one it was asked to end with."""
@@ -97,9 +98,16 @@ class Attempt:
         self._heard_at = self._loop.time()
         try:
             self._heard(reply)
-        except StopIteration as error:               # no future takes one
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """The gateway logs what is no error of ours, and counts it with the job."""
+        if self._outcome.done():
+            log.error("job_reply_not_taken_in job=%s", self._job.wire_id, exc_info=error)
+        elif isinstance(error, StopIteration):       # no future takes one
             self._outcome.set_exception(RuntimeError(f"a reply could not be taken in: {error!r}"))
-        except Exception as error:                   # the gateway logs what is no error of ours, and counts it with the job
+        else:
             self._outcome.set_exception(error)
 
     def lane_lost(self, reason: str) -> None:
@@ -166,9 +174,18 @@ class Attempt:
             job.enter("decode", now)
             told = job.progress                      # the worker says it only where tokens are slow to come
             told.state, told.waits_for, told.computed = "decode", "", told.total
-        self._on_tokens(len(job.ids) - before)
         job.announce()
+        if not self._uncounted:
+            self._loop.call_soon(self._count)        # when those who wait for the tokens have them
+        self._uncounted += len(job.ids) - before
         return True
+
+    def _count(self) -> None:
+        count, self._uncounted = self._uncounted, 0
+        try:
+            self._on_tokens(count)
+        except Exception as error:
+            self._fail(error)
 
     def _note(self, progress: jobs_pb2.Progress) -> None:
         told = self._job.progress

@@ -29,6 +29,7 @@ class Meters:
         self.registry = CollectorRegistry()
         self._model = model
         self._tenant, self._reason, self._source, self._code = Names(), Names(), Names(), Names()
+        self._of_tenants: dict[tuple[Counter, str], Counter] = {}
         self._last: dict[str, float] = {}            # job's wire id -> when its last token came
 
         self._admitted = self._counter("jobs_admitted")
@@ -68,6 +69,13 @@ class Meters:
         bound: Histogram = made.labels(self._model)
         return bound
 
+    def _bound(self, counter: Counter, tenant: str) -> Counter:
+        """The one of this model and tenant, without the search that `labels` is."""
+        known = self._of_tenants.get((counter, tenant))
+        if known is None:
+            known = self._of_tenants[counter, tenant] = counter.labels(self._model, tenant)
+        return known
+
     def observe(self, *, live: int, waiting: int, status: Mapping[str, Any]) -> None:
         """What the next scrape shows of the gateway's queue and of the members (`Survey.told`)."""
         self._jobs.labels("queued").set(waiting)
@@ -75,7 +83,7 @@ class Meters:
         self._census.told = status
 
     def admitted(self, tenant: str) -> None:
-        self._admitted.labels(self._model, self._tenant(tenant)).inc()
+        self._bound(self._admitted, self._tenant(tenant)).inc()
 
     def refused(self, code: str) -> None:
         self._refused.labels(self._code(code)).inc()
@@ -94,7 +102,7 @@ class Meters:
         if before is not None:                       # tokens that came together share the time since the last one
             for _ in range(count):
                 self._between.observe(max(0.0, now - before) / count)
-        self._output.labels(self._model, self._tenant(job.spec.tenant)).inc(count)
+        self._bound(self._output, self._tenant(job.spec.tenant)).inc(count)
 
     def ended(self, job: Job) -> None:
         """A job is over and its receipt complete."""

@@ -227,8 +227,10 @@ def job_spec(job: pb.Job, name: str, vocab_size: int) -> JobSpec:
     prompt, emitted = _ids(job.prompt), _ids(job.emitted)
     if not prompt:
         raise InvalidRequest("the prompt is empty; give at least one token")
-    if (bad := next((t for t in (*prompt, *emitted) if not 0 <= t < vocab_size), None)) is not None:
-        raise InvalidRequest(f"token id {bad} is outside the model's vocabulary of {vocab_size}")
+    for ids in (prompt, emitted):
+        if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+            bad = next(t for t in ids if not 0 <= t < vocab_size)
+            raise InvalidRequest(f"token id {bad} is outside the model's vocabulary of {vocab_size}")
     if job.max_tokens <= len(emitted):
         raise InvalidRequest(f"max_tokens {job.max_tokens} leaves nothing to generate")
     if job.policy not in ("", "exact"):

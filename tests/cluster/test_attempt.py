@@ -91,7 +91,9 @@ def test_silence_is_counted_from_the_last_word() -> None:
     async def play() -> None:
         line, job, now = SubmitLine(call := Call(), channel=None), new_job(), [0.0]
         attempt, running = begin(line, job, silence_s=0.01)
-        attempt._loop, attempt._heard_at = SimpleNamespace(time=lambda: now[0], call_later=attempt._loop.call_later), 0.0
+        real = attempt._loop
+        attempt._loop = SimpleNamespace(time=lambda: now[0], call_later=real.call_later, call_soon=real.call_soon)
+        attempt._heard_at = 0.0
         await asyncio.sleep(0)
         for index in range(3):
             now[0] += 0.009                          # not long enough
