@@ -18,6 +18,7 @@ import uvicorn
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from kvbank.cluster.capacity import Capacity
 from kvbank.cluster.gateway import Gateway, GatewayLimits
 from kvbank.cluster.http.app import Front, HttpLimits, build_app, error_body
 from kvbank.cluster.http.doors import LOOPBACK
@@ -37,7 +38,6 @@ from kvbank.kvstore.hashing import block_keys, root_key
 from kvbank.kvstore.layout import Layout
 from kvbank.kvstore.traces import open_traces
 from kvbank.kvstore.transport.badge import Badge
-from kvbank.proto.control_pb2 import Member, MemberView
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,6 @@ HEADER_BYTES = 32 << 10              # of one request; an endless head is hung u
 HEADERS = 100
 MAX_CONNECTIONS = 2048
 KEY_SPACES = 1024                    # tenants and salts whose root key is remembered
-FRAME_BYTES = 8192                   # what a parked span takes on the host beside its KV, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,19 +157,10 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
                 numerics = named.pop()
             return b"".join(block_keys(root(key_space, numerics), prompt, settings.block_size))
 
-        sliding = bool(config.windows) and all(window is not None for window in config.windows)
-        counted: tuple[list[MemberView], int | None] = ([], None)
-
-        def capacity() -> int | None:
-            nonlocal counted
-            if sliding:
-                return None                          # spans behind every window are let go: any length fits
-            if counted[0] is not roster.members:     # asked for every job, and they are news twice a second
-                counted = (roster.members, capacity_tokens(
-                    [view.member for view in roster.members], span_tokens=settings.span_tokens,
-                    host_bytes=settings.host_bytes, lend_cap=settings.lend_cap,
-                ))
-            return counted[1]
+        capacity = Capacity(
+            roster, span_tokens=settings.span_tokens, host_bytes=settings.host_bytes, lend_cap=settings.lend_cap,
+            windowed=bool(config.windows) and all(window is not None for window in config.windows),
+        )
 
         gateway = Gateway(
             roster=roster, links=links, open_text=open_text, block_keys=keys,
@@ -194,30 +184,6 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
 
     return GatewayServer(assemble, host=settings.host, port=settings.port, certificate=certificate,
                          open_door=not settings.api_keys and not settings.api_keys_file)
-
-
-def capacity_tokens(
-    members: Sequence[Member], *, span_tokens: int, host_bytes: int, lend_cap: float | None
-) -> int | None:
-    """Tokens that the best placed replica could hold for one job if everything else were idle; None: no replica yet.
-
-    Its own slots, what others may lend it (replicas of several shards lend nothing), and its host tier. The worker asks
-    the same question again with its own books: this answer only comes before there is a job.
-    """
-    best = None
-    for lead in members:
-        if lead.kind != "model" or lead.shard != 0:
-            continue
-        shards = max(1, lead.shards)
-        lendable = sum(
-            int(other.slots_total * ((1.0 if other.kind == "lender" else 0.5) if lend_cap is None else lend_cap))
-            for other in members
-            if other.slot_bytes >= lead.slot_bytes
-            and (other.kind == "lender" or (other.kind == "model" and other.replica != lead.replica and shards == 1))
-        )
-        parked = host_bytes // (lead.slot_bytes + FRAME_BYTES) if lead.slot_bytes else 0
-        best = max(best or 0, (lead.slots_total + lendable // shards + parked) * span_tokens)
-    return best
 
 
 @dataclass(frozen=True, slots=True)

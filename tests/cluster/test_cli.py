@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvbank.cluster import cli, statefile, verbs
-from kvbank.cluster.http.server import capacity_tokens
+from kvbank.cluster.capacity import capacity_tokens
 from kvbank.errors import ConfigError, NotFound
 from kvbank.proto.control_pb2 import Member
 from kvbank.workers.models.random_model import write_random_model

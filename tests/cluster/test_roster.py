@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import grpc
 import pytest
 
-from kvbank.cluster.http.server import capacity_tokens
+from kvbank.cluster.capacity import Capacity, capacity_tokens
 from kvbank.cluster.links import Links
 from kvbank.cluster.roster import Roster
 from kvbank.cluster.survey import Survey
@@ -168,3 +168,20 @@ def test_capacity_is_own_slots_what_others_lend_and_the_host() -> None:
     shards.append(member("lender-0", kind="lender"))          # a span takes a slot there for each shard
     assert capacity_tokens(shards, span_tokens=128, host_bytes=0, lend_cap=None) == (8 + 4) * 128
     assert capacity_tokens([], span_tokens=128, host_bytes=0, lend_cap=None) is None
+
+
+def test_what_jobs_are_told_follows_each_refresh(control: FakeControl) -> None:
+    async def look(roster: Roster) -> list[tuple[int | None, list[str]]]:
+        how = {"span_tokens": 128, "host_bytes": 0, "lend_cap": None}
+        capacity, endless = Capacity(roster, **how), Capacity(roster, **how, windowed=True)
+        found = []
+        for members in ([member("worker-0")], [member("worker-0"), member("lender-0", "lender")], []):
+            control.show(*members)
+            await roster.refresh()
+            assert capacity() == capacity() and endless() is None
+            found.append((capacity(), [worker.id for worker in roster.workers()]))
+        control.show(member("worker-0"), silent_s=60.0)
+        await roster.refresh()
+        return [*found, (capacity(), [worker.id for worker in roster.workers()])]
+
+    assert ask(control, look) == [(8 * 128, ["worker-0"]), (16 * 128, ["worker-0"]), (None, []), (8 * 128, [])]
