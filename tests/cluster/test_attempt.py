@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kvbank.cluster.attempt import Attempt, Lost
+from kvbank.cluster.follow import follow
 from kvbank.cluster.http.jobs import job_body
 from kvbank.cluster.intake import JobSpec
 from kvbank.cluster.job import Job
@@ -81,6 +82,28 @@ def test_a_reply_that_cannot_be_taken_in_ends_its_job_and_no_other(trouble: type
         with pytest.raises(ValueError, match="not a multiple"):
             await malformed
         assert await other is None and sound.ids == [0] and not odd.ids and not line.over
+        line.close()
+
+    asyncio.run(play())
+
+
+def test_tokens_are_with_their_reader_before_they_are_counted_and_all_are_counted() -> None:
+    async def play() -> None:
+        line, job, happened = SubmitLine(call := Call(), channel=None), new_job(), []
+        _, running = begin(line, job, on_tokens=lambda count: happened.append(("counted", count)))
+
+        async def read() -> None:
+            async for said in follow([job], quiet_s=60.0):
+                happened.extend(("read", piece.token_ids) for _, piece in said)
+
+        reader = asyncio.create_task(read())
+        await asyncio.sleep(0)
+        call.answer(token(1, 0), token(1, 1))        # an answer that is longer than a reply
+        await job_has(job, 2)
+        call.answer(token(1, 2), pb.SubmitReply(lane=1, done=DONE))
+        assert await running is None
+        assert happened == [("read", [0, 0]), ("counted", 2), ("read", [0]), ("counted", 1)]
+        reader.cancel()
         line.close()
 
     asyncio.run(play())

@@ -288,6 +288,14 @@ def test_a_jobs_tokens_are_bounded_by_the_operator_in_every_dialect(make_worker,
     assert len(worker.seen) == 1
 
 
+def test_a_client_that_would_rather_speak_http_2_is_answered(make_worker, make_server) -> None:
+    """Java's own asks so in its first request. Parsers are known that lose the body then."""
+    address = make_server(make_worker("worker-0")).address
+    asks = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
+    answer = httpx.post(f"{address}/v1/completions", json={"prompt": PROMPT, "max_tokens": 3}, headers=asks)
+    assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 3
+
+
 def test_a_body_that_never_ends_is_given_up(make_worker, make_server) -> None:
     address = make_server(make_worker("worker-0"), http={"body_s": 0.2}).address
     with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as slow:
