@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 from kvbank.cluster.fields import Fields, check_text, shown
@@ -61,7 +61,7 @@ class JobSpec:
     job_id: str | None = None
     cache_salt: str = ""             # jobs of other salts, or of none, share no KV with this one
     logprobs: int | None = None      # likely tokens wanted beside each drawn one's log-probability; None: nothing of it
-    fingerprint: bytes = b""         # of a job with a job_id: all that decides the answer, so that it is safe to repeat
+    digest: bytes = b""              # `fingerprint`, once the prompt is let go
 
     @property
     def prompt_tokens(self) -> int:
@@ -71,6 +71,23 @@ class JobSpec:
     def key_space(self) -> str:
         """What block keys grow from."""
         return key_space(self.tenant, self.cache_salt)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Covers all that decides the answer, so that a repeated job_id is safe. Made when it is asked for: hardly any is."""
+        if self.digest:
+            return self.digest
+        answer = [getattr(self, name) for name in _DECISIVE]
+        plain = json.dumps([answer, [(s.first, s.last, s.reusable) for s in self.segments]])
+        return hashlib.sha256(self.prompt + plain.encode()).digest()
+
+    def without_prompt(self) -> JobSpec:
+        """What is kept of a job that is over."""
+        return replace(self, prompt=b"", digest=self.fingerprint)
+
+
+_DECISIVE = tuple(each.name for each in fields(JobSpec)          # the prompt and its segments aside
+                  if each.name not in ("tenant", "prompt", "segments", "deadline_s", "job_id", "digest"))
 
 
 SPEC_FIELDS = frozenset({
@@ -163,7 +180,7 @@ class Intake:
         self._check_length(len(prompt) // 4, sampling["max_tokens"])
         return JobSpec(
             tenant=tenant, prompt=prompt, segments=segments, deadline_s=deadline_s, job_id=job_id,
-            fingerprint=_fingerprint(prompt, segments, sampling) if job_id is not None else b"", **sampling,
+            **sampling,
         )
 
     async def chat(self, messages: Any, *, add_generation_prompt: bool = True) -> Rendered:
@@ -245,8 +262,3 @@ def _stop(stop: Any) -> tuple[str, ...]:
             raise InvalidRequest(f"stop string {number} has {len(text)} characters; 1 to {MAX_STOP_CHARS} are allowed")
         check_text(text, f"stop string {number}")
     return tuple(stops)
-
-
-def _fingerprint(prompt: bytes, segments: tuple[PromptSegment, ...], sampling: Mapping[str, Any]) -> bytes:
-    plain = json.dumps([sampling, [(s.first, s.last, s.reusable) for s in segments]], sort_keys=True)
-    return hashlib.sha256(prompt + plain.encode()).digest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -156,7 +156,7 @@ class Job:
         self.error, self.ended_at = error, now
         if error is not None:
             error.__traceback__ = None       # it holds the frames of the attempt, and they the prompt
-        self.spec, self.keys = replace(self.spec, prompt=b""), b""
+        self.spec, self.keys = self.spec.without_prompt(), b""
         if self.deadline is not None:
             self.deadline.cancel()
 

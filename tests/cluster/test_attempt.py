@@ -90,7 +90,7 @@ def test_a_reply_that_cannot_be_taken_in_ends_its_job_and_no_other(trouble: type
 def test_tokens_are_with_their_reader_before_they_are_counted_and_all_are_counted() -> None:
     async def play() -> None:
         line, job, happened = SubmitLine(call := Call(), channel=None), new_job(), []
-        _, running = begin(line, job, on_tokens=lambda count: happened.append(("counted", count)))
+        attempt, running = begin(line, job, on_tokens=lambda count: happened.append(("counted", count)))
 
         async def read() -> None:
             async for said in follow([job], quiet_s=60.0):
@@ -101,12 +101,28 @@ def test_tokens_are_with_their_reader_before_they_are_counted_and_all_are_counte
         call.answer(token(1, 0), token(1, 1))        # an answer that is longer than a reply
         await job_has(job, 2)
         call.answer(token(1, 2), pb.SubmitReply(lane=1, done=DONE))
-        assert await running is None
+        assert await running is None and attempt._watch.cancelled()
         assert happened == [("read", [0, 0]), ("counted", 2), ("read", [0]), ("counted", 1)]
         reader.cancel()
         line.close()
 
     asyncio.run(play())
+
+
+def test_a_count_that_fails_after_the_last_word_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(_count: int) -> None:
+        raise ValueError("no such counter")
+
+    async def play() -> None:
+        line, job = SubmitLine(call := Call(), channel=None), new_job()
+        _, running = begin(line, job, on_tokens=fail)
+        await asyncio.sleep(0)
+        call.answer(token(1, 0), pb.SubmitReply(lane=1, done=DONE))
+        assert await running is None and job.ids == [0] and job.finish_reason == "length"
+        line.close()
+
+    asyncio.run(play())
+    assert "job_reply_not_taken_in" in caplog.text and "no such counter" in caplog.text
 
 
 def test_silence_is_counted_from_the_last_word() -> None:

@@ -288,6 +288,18 @@ def test_a_jobs_tokens_are_bounded_by_the_operator_in_every_dialect(make_worker,
     assert len(worker.seen) == 1
 
 
+def test_a_request_can_be_repeated_under_the_id_that_it_was_given(make_worker, make_server) -> None:
+    address, body = make_server(worker := make_worker("worker-0")).address, {"prompt": PROMPT, "max_tokens": 4}
+    given = httpx.post(f"{address}/v1/jobs", json=body).json()["id"]
+    for _ in range(2):                               # while it runs, and when its prompt is let go
+        again = httpx.post(f"{address}/v1/jobs", json={**body, "job_id": given})
+        assert again.status_code == 202 and again.json()["id"] == given, again.text
+        other = httpx.post(f"{address}/v1/jobs", json={**body, "max_tokens": 5, "job_id": given})
+        assert other.status_code == 400 and "another request" in other.text
+        httpx.get(f"{address}/v1/jobs/{given}", params={"wait_s": 10})
+    assert len(worker.seen) == 1
+
+
 def test_a_client_that_would_rather_speak_http_2_is_answered(make_worker, make_server) -> None:
     """Java's own asks so in its first request. Parsers are known that lose the body then."""
     address = make_server(make_worker("worker-0")).address

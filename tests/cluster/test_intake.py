@@ -71,11 +71,11 @@ def test_a_fingerprint_covers_what_decides_the_answer_and_nothing_else() -> None
     same = {spec(prompt=[1, 2], job_id=name, deadline_s=seconds).fingerprint for name in ("a", "b") for seconds in (1, 2)}
     assert len(same) == 1
     others = [{"max_tokens": 3}, {"temperature": 1.0}, {"top_p": 0.5}, {"top_k": 3}, {"seed": 1}, {"stop": "x"},
-              {"stop_token_ids": [1]}, {"ignore_eos": True}]
-    found = {spec(prompt=[1, 2], job_id="a", **other).fingerprint for other in others} | same
-    found.add(spec(prompt=[2, 1], job_id="a").fingerprint)
+              {"stop_token_ids": [1]}, {"ignore_eos": True}, {"cache_salt": "x"}]
+    found = {spec(prompt=[1, 2], **other).fingerprint for other in others} | {spec(prompt=[2, 1]).fingerprint} | same
     assert len(found) == len(others) + 2
-    assert not spec(prompt=[1, 2]).fingerprint, "of a job without a name nobody asks for it"
+    over = spec(prompt=[1, 2]).without_prompt()
+    assert not over.prompt and {over.fingerprint} == same, "it outlives the prompt"
 
 
 def test_segments_keep_their_borders() -> None:

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 
 from kvbank.proto import jobs_pb2 as pb
 from kvbank.workers import jobs_service
+from kvbank.workers.engine import Finished, Token
 from kvbank.workers.jobs_line import PROGRESS_S, Lane, Line
 from kvbank.workers.jobs_service import JobsService
-from kvbank.workers.sequence import JobSpec
+from kvbank.workers.sequence import JobSpec, Tally
 
 
 class Call:
@@ -307,6 +308,28 @@ def test_a_receipt_that_cannot_be_made_costs_no_tokens_and_no_other_job(alone, p
     assert kinds(replies, 1)[-1] == kinds(replies, 2)[-1] == "done"
     told = {reply.lane: reply.done.receipt.output_tokens for reply in replies if reply.WhichOneof("kind") == "done"}
     assert told == {1: 0, 2: 6} and "receipt_not_made" in caplog.text
+
+
+def test_tokens_are_on_their_way_before_a_receipt_is_made() -> None:
+    made: list[str] = []
+    ended: list[int] = []
+
+    def receipt(_tally: Tally, spec: JobSpec, _outputs: int) -> pb.Receipt:
+        made.append(spec.id)
+        return pb.Receipt()
+
+    line = Line(worker="w", clock=lambda: 0.0, receipt=receipt, progress=lambda specs: [])
+    lanes = [Lane(number, JobSpec(id=str(number), prompt=[1], max_tokens=1)) for number in range(1, 51)]
+    assert all(line.open(lane) for lane in lanes)
+    line.put([(lane, event) for lane in lanes
+              for event in (Token(lane.spec.id, 0, 7), Finished(lane.spec.id, "length", Tally()))])
+    line.say_no_more()
+    messages = line.replies(lambda lane: ended.append(lane.number))
+    told = [next(messages) for _ in range(3)]
+    assert [len(message.replies) for message in told] == [24, 24, 2] and not made, "messages are bounded, and hold tokens alone"
+    line.leave(50)                                   # nobody waits for its last word any more
+    words = [(reply.lane, reply.WhichOneof("kind")) for message in messages for reply in message.replies]
+    assert words == [(number, "done") for number in range(1, 50)] and ended == list(range(1, 50)) and len(made) == 49
 
 
 def test_progress_that_cannot_be_told_does_not_make_jobs_look_silent(alone, prompt, caplog) -> None:
