@@ -21,8 +21,8 @@ from kvbank.cluster.attempt import ending_error
 from kvbank.cluster.job import Job
 from kvbank.cluster.roster import Worker
 from kvbank.errors import Unavailable
+from kvbank.kvstore.hashing import KEY_BYTES
 
-KEY_BYTES = 32
 LOOK_AGAIN_S = 0.2                   # a job that waits for a worker: a suspect may be trusted again by then
 
 Process = tuple[str, bytes]          # a worker's id and boot

@@ -12,11 +12,10 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
-
 from kvbank.cluster.intake import JobSpec
 from kvbank.cluster.timeline import REPLAYED, Timeline
 from kvbank.errors import KVBankError
+from kvbank.kvstore.hashing import KEY_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +59,9 @@ class SpanKeys:
     @classmethod
     def of(cls, keys: bytes, blocks_per_span: int) -> SpanKeys:
         """keys: of all whole blocks of the prompt."""
-        each = np.frombuffer(keys, dtype="V32")
-        whole = len(each) - len(each) % blocks_per_span
-        return cls(each[blocks_per_span - 1 : whole : blocks_per_span].tobytes(), each[whole:].tobytes())
+        span = KEY_BYTES * blocks_per_span
+        whole = len(keys) - len(keys) % span
+        return cls(b"".join(keys[end - KEY_BYTES : end] for end in range(span, whole + 1, span)), keys[whole:])
 
 
 @dataclass(slots=True)
