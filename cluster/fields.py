@@ -67,7 +67,7 @@ class Fields:
 def parse_json(raw: bytes) -> dict[str, Any]:
     """The JSON object in `raw`. Raises InvalidRequest for anything else, however it is malformed."""
     try:
-        body = _DECODER.decode(raw.decode(json.detect_encoding(raw), "surrogatepass"))
+        body = json.loads(raw, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not valid UTF-8 at byte {error.start}") from None
     except RecursionError:
@@ -92,9 +92,6 @@ def _deeper_than(body: Any, depth: int) -> bool:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
 def check_text(text: str, where: str) -> None:
