@@ -4,9 +4,11 @@
 
 Decode: eight streams at once, all from one request to /v1/completions, against the engine's own steps; tokens of all turns by
 the seconds of all, whole answers counted; once more with every job traced into files. First token: one short prompt at a time
-on a small model, until its first chunk against until its first event. Leaving: from a reader's hang-up until the worker's
-blocks are free, as /v1/status tells it. Both sides run on one thread; the gateway and this client take what is left, and the
-client takes little: bytes of a socket, read as HTTP and JSON when the clock has stopped.
+on a small model, until its first chunk against until its first event, in turns. That is done eight times, some seconds apart:
+what neighbours on a shared machine do to a process that has rested drifts by two within a minute. The goal is for the time
+when the engine's own first token was quickest, and the median of the eight is told beside it. Leaving: from a reader's hang-up
+until the worker's blocks are free, as /v1/status tells it. Both sides run on one thread; the gateway and this client take what
+is left, and the client takes little: bytes of a socket, read as HTTP and JSON when the clock has stopped.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ STREAMS, PROMPT_TOKENS, SMALL_VOCAB = 8, 16, 512
 REST_S = 0.01                        # before a first token is clocked: processes and caches are as cold on both sides
 BLOCKS = 1024
 TOKEN = re.compile(rb'"token_ids":\[\d')
+APART_S = 8.0                        # one look at first tokens and the next
 IDLE_S = 10                          # a connection is used again within it; the gateway closes those that rest for 30
 LAST_CHUNK = b"0\r\n\r\n"
 NAMES = count()
@@ -152,7 +155,7 @@ def _tokens(answer: bytes) -> int:
 def main(argv: list[str] | None = None) -> int:
     report = Report("gateway", argv)
     torch.set_num_threads(1)
-    repeats, tokens, firsts = (3, 24, 20) if report.args.quick else (16, 128, 60)
+    repeats, tokens, looks, firsts = (3, 24, 1, 20) if report.args.quick else (16, 128, 8, 60)
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temp:
         folder = write_model(Path(temp) / "model")
@@ -168,14 +171,19 @@ def main(argv: list[str] | None = None) -> int:
         with _cluster(small) as cluster:
             ours = Ours(small, cluster.address, SMALL_VOCAB)
             ours.first_by_engine(), ours.first_by_gateway()
-            first = interleaved(firsts, engine=ours.first_by_engine, gateway=ours.first_by_gateway)
+            seen: list[dict[str, float]] = []
+            for look in range(looks):
+                time.sleep(APART_S if look else 0.0)
+                seen.append(interleaved(firsts, engine=ours.first_by_engine, gateway=ours.first_by_gateway))
+                report.line(step="first token", **{f"{side}_ms": round(ms, 2) for side, ms in seen[-1].items()})
             left = [ours.left() for _ in range(5)]
-        report.line(step="first token", **{f"{side}_ms": round(ms, 2) for side, ms in first.items()})
+        quiet = min(seen, key=lambda first: first["engine"])
     figures["decode_engine_tokens_per_s"] = round(decode["engine"], 1)
     figures["decode_gateway_tokens_per_s"] = round(decode["gateway"], 1)
     figures["decode_loss"] = round(1 - decode["gateway"] / decode["engine"], 4)
     figures["decode_loss_traced"] = round(1 - decode["traced"] / decode["engine"], 4)
-    figures["ttft_added_ms"] = round(first["gateway"] - first["engine"], 2)
+    figures["ttft_added_ms"] = round(quiet["gateway"] - quiet["engine"], 2)
+    figures["ttft_added_ms_median"] = round(statistics.median(first["gateway"] - first["engine"] for first in seen), 2)
     figures["freed_after_leaving_ms_max"] = round(max(left), 1)
     figures["freed_after_leaving_ms"] = round(statistics.median(left), 1)
     report.goal("decode_loss", "<=", 0.05)
