@@ -184,7 +184,7 @@ class Attempt:
         count, self._uncounted = self._uncounted, 0
         try:
             self._on_tokens(count)
-        except Exception as error:
+        except Exception as error:                   # as in `hear`: this job's trouble alone
             self._fail(error)
 
     def _note(self, progress: jobs_pb2.Progress) -> None:
