@@ -87,6 +87,7 @@ class EmbeddedRedis:
         self.pid: int | None = None            # of the redis-server that runs, or ran last
         self._minder: subprocess.Popen[bytes] | None = None
         self._keeper: threading.Thread | None = None
+        self._starting, self._stopped = threading.Lock(), False
         try:
             self._write_config(limit_bytes + OVERHEAD_BYTES)
             self.start()
@@ -129,7 +130,9 @@ class EmbeddedRedis:
                           f"{self._end_of_log()}. Set redis to a URL of a running one, or to none")
 
     def stop(self, *, within_s: float = 2.0) -> None:
-        """TERM, then KILL, then remove the folder. Safe to repeat."""
+        """TERM, then KILL, then remove the folder. Safe to repeat, and where a Ctrl-C broke a start off, however far it was."""
+        with self._starting:
+            self._stopped = True
         self._signal(signal.SIGTERM)
         if self._minder is not None:
             try:
@@ -137,7 +140,8 @@ class EmbeddedRedis:
             except subprocess.TimeoutExpired:
                 self.kill()                    # ends a stopped process, too
         if self._keeper is not None:
-            self._keeper.join(timeout=within_s)
+            with contextlib.suppress(RuntimeError):            # it never began, or just begins and sees that we stopped
+                self._keeper.join(timeout=within_s)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def kill(self) -> None:
@@ -164,19 +168,25 @@ class EmbeddedRedis:
 
     def _keep(self, started: threading.Event) -> None:
         try:
-            with (self.folder / "log").open("ab") as log:
-                minder = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-c", _MINDER, str(os.getpid()), str(self.folder), self._server,
-                     str(self.folder / "conf")],
-                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True, cwd="/")
-            assert minder.stdout is not None
-            with minder.stdout as told:
-                self.pid = int(told.readline() or 0) or None
-            self._minder = minder
+            with self._starting:
+                if self._stopped:
+                    return
+                self._minder = minder = self._start_minder()
             started.set()
             minder.wait()
         finally:
             started.set()
+
+    def _start_minder(self) -> subprocess.Popen[bytes]:
+        with (self.folder / "log").open("ab") as log:
+            minder = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _MINDER, str(os.getpid()), str(self.folder), self._server,
+                 str(self.folder / "conf")],
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True, cwd="/")
+        assert minder.stdout is not None
+        with minder.stdout as told:
+            self.pid = int(told.readline() or 0) or None
+        return minder
 
     def _write_config(self, maxmemory: int) -> None:
         # Only directives that every redis-server since 4.0 knows.

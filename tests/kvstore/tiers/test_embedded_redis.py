@@ -55,6 +55,29 @@ def test_it_answers_under_its_url_only_with_its_password_and_leaves_nothing(tmp_
     server.stop()                              # safe to repeat
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_ctrl_c_while_its_thread_begins_leaves_nothing(late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between `Thread.start` and its return nobody knows whether the thread runs: `join` refuses then."""
+    begin = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name == "kvbank-embedded-redis":
+            if late:
+                begin(thread)
+                thread._started.clear()        # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        EmbeddedRedis(64 << 20, run_folder=tmp_path)
+    deadline = time.monotonic() + 10.0
+    while children := psutil.Process().children(recursive=True):
+        assert time.monotonic() < deadline, children
+        time.sleep(0.01)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_stopped_server_is_ended_too(tmp_path: Path) -> None:
     server = EmbeddedRedis(64 << 20, run_folder=tmp_path)
     assert server.pid is not None
