@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ class Segment:
     def body(self) -> dict[str, Any]:
         """As the gateway reads it."""
         content = self.text_or_tokens
-        kind = {"text": content} if isinstance(content, str) else {"token_ids": list(content)}
+        kind = {"text": content} if isinstance(content, str) else {"token_ids": _items(content)}
         return {**kind, "reusable": self.reusable}
 
 
@@ -34,13 +35,18 @@ def prompt_body(prompt: Prompt) -> Any:
         return prompt
     if isinstance(prompt, Segment):
         return [prompt.body()]
-    try:
-        parts = list(prompt)
-    except TypeError:
-        raise InvalidRequest(f"a prompt is a string, token ids or Segments, not {type(prompt).__name__}") from None
+    parts = _items(prompt)
     if any(isinstance(part, Segment) for part in parts):
         return [_segment(part).body() for part in parts]
     return [part if isinstance(part, int) else _integer(part) for part in parts]
+
+
+def _items(prompt: Any) -> list[Any]:
+    """Bytes and mappings are sequences of integers, too, but nobody means that."""
+    if not isinstance(prompt, (bytes, bytearray, memoryview, Mapping, Set)):
+        with suppress(TypeError):
+            return list(prompt)
+    raise InvalidRequest(f"a prompt is a string, token ids or Segments, not {type(prompt).__name__}")
 
 
 def _segment(part: Any) -> Segment:

@@ -178,7 +178,7 @@ class Waiting:
     _until: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.timeout_s >= 0:
+        if not isinstance(self.timeout_s, (int, float)) or not self.timeout_s >= 0:
             raise InvalidRequest(f"timeout_s must be 0 or more, not {self.timeout_s}")
         self._until = time.monotonic() + self.timeout_s
 
@@ -201,6 +201,9 @@ class Waiting:
 
 
 def job_path(job_id: str) -> str:
+    """Raises InvalidRequest for what cannot be a part of a path."""
+    if not isinstance(job_id, str) or job_id in ("", ".", ".."):
+        raise InvalidRequest(f"{job_id!r} is no job_id")
     return f"/v1/jobs/{quote(job_id, safe='')}"
 
 

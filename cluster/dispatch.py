@@ -80,6 +80,8 @@ class Dispatch:
             trusted = [w for w in alive if self._suspects.get((w.id, w.boot), 0.0) <= self._clock()]
             free = [w for w in trusted if self._lanes.get(w.address, 0) < self._lanes_per_worker]
             if free and (chosen := await self._place(job, free)) is not None:
+                if self._lanes.get(chosen.address, 0) >= self._lanes_per_worker:
+                    continue                         # others took the last lane while the directory was asked
                 return chosen
             if trusted:                              # all lanes are taken: they come free as jobs end
                 job.homeless_since = self._clock()

@@ -110,7 +110,8 @@ class Gateway:
     # ------------------------------------------------------------------ what callers do
 
     def submit(self, spec: JobSpec) -> Job:
-        """Admit a job, or return the one that this tenant already submitted under this job_id with this content.
+        """Admit a job, or return the one that this tenant already submitted under this job_id with this content. One that
+        ended because its last reader left makes room for its repeat.
 
         Raises Overloaded when the bounded queue is full or the tenant has had its share, InvalidRequest when the job_id names
         something else.
@@ -118,7 +119,10 @@ class Gateway:
         if spec.job_id is not None and (known := self._jobs.get((spec.tenant, spec.job_id))) is not None:
             if known.spec.fingerprint != spec.fingerprint:
                 raise InvalidRequest("this job_id names another request; use a new one")
-            return known
+            if not known.left or (known.over and known.error is None):
+                return known
+            if not known.over:
+                raise Overloaded("the job of this job_id is ending, because its reader left; send it again in a moment")
         return self.submit_all([spec])[0]
 
     def submit_all(self, specs: Sequence[JobSpec]) -> list[Job]:
@@ -165,6 +169,13 @@ class Gateway:
     def cancel(self, job: Job) -> None:
         """Ask a job to end; harmless when it is over. Its receipt follows within `grace_s`."""
         self._end(job, "client")
+
+    def leave(self, job: Job) -> None:
+        """A reader left: the job ends if there is no other."""
+        job.readers -= 1
+        if not job.readers and not job.over and not job.ending:
+            job.left = True
+            self._end(job, "client")
 
     @property
     def live(self) -> int:
@@ -214,6 +225,8 @@ class Gateway:
             span_keys=SpanKeys.of(keys, self._blocks_per_span),
         )
         job.progress.total = spec.prompt_tokens
+        for book in (self._over, self._jobs):        # one that was left: its repeat is the newest of all
+            book.pop((spec.tenant, job.id), None)
         self._jobs[(spec.tenant, job.id)] = job
         if spec.deadline_s is not None:
             job.deadline = asyncio.get_running_loop().call_later(spec.deadline_s, self._end, job, "deadline")

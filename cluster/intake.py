@@ -27,7 +27,7 @@ SEEDS = 1 << 63                      # workers take seeds below this; any 64-bit
 MAX_RENDERS = 32                     # chats whose template runs or waits to run; one more is Overloaded
 MAX_SALT_CHARS = 256
 MAX_LOGPROBS = 20                    # likely tokens told for each token of the output
-_JOB_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_JOB_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._:-]{1,128}")      # as part of a path, . and .. are taken away on the way
 
 Render = Callable[[Sequence[Mapping[str, Any]], bool], str]      # (messages, add_generation_prompt) -> the prompt's text
 
@@ -153,7 +153,7 @@ class Intake:
             raise InvalidRequest(f"policy {shown(policy)} is not known; this version serves {', '.join(POLICIES)}")
         job_id = fields.text("job_id", None)
         if job_id is not None and not _JOB_ID.fullmatch(job_id):
-            raise InvalidRequest("job_id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -")
+            raise InvalidRequest("job_id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -, and neither . nor ..")
         top_k = fields.integer("top_k", 0, low=-1, high=2**31 - 1)
         seed = fields.integer("seed", None, low=-(2**63), high=2**64 - 1)
         cache_salt = fields.text("cache_salt", "")

@@ -112,7 +112,8 @@ class Job:
     timeline: Timeline = field(default_factory=Timeline)
     attempt_running: Running | None = None
     deadline: asyncio.TimerHandle | None = None
-    readers: int = 0                 # completions that wait for it; the last one to leave cancels it
+    readers: int = 0                 # completions that wait for it, and who handed it in to /v1/jobs, who never leaves
+    left: bool = False               # it was to end because its last reader left: sent again, it is begun anew
     wake: asyncio.Event = field(default_factory=asyncio.Event)       # set when `ending` is
     watchers: set[asyncio.Event] = field(default_factory=set)        # set whenever something changes: follow.py
 

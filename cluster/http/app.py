@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,13 +25,13 @@ from kvbank.cluster.http.routes import Routes
 from kvbank.cluster.intake import Intake
 from kvbank.cluster.ops import Ops
 from kvbank.cluster.traced import IncomingTrace
-from kvbank.errors import InvalidRequest, KVBankError, NotFound, Overloaded, Unauthorized
+from kvbank.errors import Cancelled, DeadlineExceeded, InvalidRequest, KVBankError, NotFound, Overloaded, Unauthorized
 
 log = logging.getLogger(__name__)
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
           405: "invalid_request_error", 409: "conflict_error", 413: "invalid_request_error", 429: "rate_limit_error",
-          504: "timeout_error"}
+          431: "invalid_request_error", 504: "timeout_error"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,7 @@ def build_app(front: Front) -> Starlette:
             app.state.doors[method, route.path] = role
     app.add_exception_handler(KVBankError, _answer_error)            # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _answer_http_error)     # type: ignore[arg-type]
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(Exception, _answer_unknown_error)
     open_house = not callable(front.api_keys) and not front.api_keys
     app.add_middleware(OriginGuard, hosts=front.hosts if open_house or front.named else None,
@@ -151,7 +153,9 @@ async def _answer_error(request: Request, error: KVBankError) -> Response:
     error.__traceback__ = None           # a job keeps its error, and that would keep the frames of this request
     headers = {}
     if isinstance(error, Overloaded):
-        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, (Cancelled, DeadlineExceeded)):             # OpenAI's clients send a 409 and a 504 again
+        headers["x-should-retry"] = "false"
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), status_code=error.http_status, headers=headers)
@@ -164,6 +168,10 @@ async def _answer_http_error(request: Request, error: HTTPException) -> Response
     body = error_body(said)
     body["error"]["type"] = _TYPES.get(error.status_code, body["error"]["type"])
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _answer_nobody(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=499)     # it left while it sent its body
 
 
 async def _answer_unknown_error(request: Request, _error: Exception) -> Response:

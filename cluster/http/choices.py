@@ -143,9 +143,7 @@ class Choices:
     def cancel(self) -> None:
         """The caller left: jobs that no other request reads are cancelled."""
         for job in self._jobs:
-            job.readers -= 1
-            if not job.readers:
-                self._front.gateway.cancel(job)
+            self._front.gateway.leave(job)
 
     async def settled(self) -> None:
         """Until all jobs are over, or one failed: what the others would say is not told then, and they are cancelled."""

@@ -38,7 +38,9 @@ def routes(front: Front) -> Routes:
     async def submit(request: Request) -> Response:
         body = await read_body(request, front.limits)
         spec = await front.intake.spec(body, tenant=request.state.tenant)
-        return JSONResponse(job_body(gateway.submit(spec)), status_code=202)
+        job = gateway.submit(spec)
+        job.readers += 1                             # it outlives every completion that reads it
+        return JSONResponse(job_body(job), status_code=202)
 
     @made.get("")
     async def jobs(request: Request) -> Response:

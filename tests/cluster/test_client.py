@@ -281,7 +281,8 @@ def test_a_client_that_never_gets_an_answer_gives_up_in_time() -> None:
         assert time.monotonic() - before < 10
 
 
-@pytest.mark.parametrize("prompt", ["", [], [Segment("")], [-1], [256], ["1"], [1.5], [True, None], "\ud800", 5, None])
+@pytest.mark.parametrize("prompt", ["", [], [Segment("")], [-1], [256], ["1"], [1.5], [True, None], "\ud800", 5, None,
+                                    b"x", bytearray(b"x"), memoryview(b"x"), {1: 2}, {1, 2}, [Segment(5)], [Segment(b"x")]])
 def test_bad_prompts_are_typed_and_leave_the_server_unharmed(make_worker, make_server, answer_of, prompt) -> None:
     client = Client(make_server(make_worker("worker-0")).address)
     with pytest.raises(errors.InvalidRequest):
@@ -293,6 +294,7 @@ def test_bad_prompts_are_typed_and_leave_the_server_unharmed(make_worker, make_s
     {"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 2**40}, {"max_tokens": 2.5}, {"temperature": -1},
     {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -2}, {"seed": "x"}, {"stop": [""]},
     {"stop": ["x"] * 17}, {"stop": ["\udc00"]}, {"stop_token_ids": [999]}, {"policy": "blend"}, {"job_id": "a/b"},
+    {"job_id": "."}, {"job_id": ".."},
     {"job_id": ""}, {"deadline_s": 0}, {"deadline_s": -1}, {"ignore_eos": "yes"},
 ])
 def test_bad_options_are_typed(make_worker, make_server, options) -> None:

@@ -86,6 +86,25 @@ def test_a_full_worker_is_waited_for_and_a_lane_that_comes_free_is_taken() -> No
     asyncio.run(asyncio.wait_for(story(), 60))
 
 
+def test_jobs_that_come_together_do_not_share_a_last_lane() -> None:
+    """Each asks the directory before it takes its lane, and all of them saw it free."""
+    async def play() -> None:
+        town = Town(FIRST, SECOND, lanes=2)
+        most: dict[str, int] = {}
+
+        async def run(job: Job) -> None:
+            worker = await town.dispatch.next_worker(job, set())
+            with town.dispatch.lane(job, worker):
+                most[worker.id] = max(most.get(worker.id, 0), town.dispatch._lanes[worker.address])
+                for _ in range(5):
+                    await asyncio.sleep(0)
+
+        await asyncio.wait_for(asyncio.gather(*(run(new_job(KEYS)) for _ in range(12))), 20)
+        assert most == {FIRST.id: 2, SECOND.id: 2} and not town.dispatch.used()
+
+    asyncio.run(play())
+
+
 def test_without_anybody_a_job_waits_its_time_and_no_longer() -> None:
     async def story() -> None:
         town = Town()

@@ -12,7 +12,7 @@ import pytest
 
 from kvbank.cluster.http.server import GatewayServer
 from kvbank.cluster.intake import Intake
-from kvbank.errors import ConfigError
+from kvbank.errors import ConfigError, Overloaded
 
 PROMPT = [1, 2, 3]
 
@@ -201,6 +201,109 @@ def test_completions_under_one_job_id_are_cancelled_by_the_last_to_leave(make_wo
         until(lambda: httpx.get(f"{address}/v1/jobs/mine").json()["output_tokens"] > count + 5)
         assert not worker.cancels
     until(lambda: worker.cancels == ["client"])
+
+
+@pytest.mark.parametrize("job_first", [True, False])
+def test_a_job_that_was_handed_in_by_itself_outlives_the_completions_that_read_it(make_worker, make_server, job_first) -> None:
+    worker = make_worker("worker-0")
+    worker.token_s = 0.02
+    address = make_server(worker).address
+    body = {"prompt": PROMPT, "max_tokens": 60, "temperature": 0, "job_id": "night"}
+    if job_first:
+        httpx.post(f"{address}/v1/jobs", json=body)
+    with httpx.stream("POST", f"{address}/v1/completions", json={**body, "stream": True}) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        if not job_first:
+            httpx.post(f"{address}/v1/jobs", json=body)
+    told = httpx.get(f"{address}/v1/jobs/night", params={"wait_s": 20}, timeout=30).json()
+    assert told["state"] == "finished" and told["output_tokens"] == 60 and not worker.cancels and len(worker.seen) == 1
+
+
+def test_a_completion_that_was_left_can_be_sent_again_under_its_job_id(make_worker, make_server, until, answer_of) -> None:
+    """A connection that breaks is what the job_id is for."""
+    worker = make_worker("worker-0")
+    worker.token_s = 0.02
+    server = make_server(worker)
+    body = {"prompt": PROMPT, "max_tokens": 30, "temperature": 0, "return_token_ids": True, "job_id": "mine"}
+    httpx.post(f"{server.address}/v1/jobs", json={"prompt": PROMPT, "max_tokens": 1})
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.address}/v1/completions", json=body, timeout=0.2)
+    until(lambda: worker.cancels == ["client"])
+    until(lambda: server.gateway.live == 0)
+    assert httpx.get(f"{server.address}/v1/jobs/mine").json()["state"] == "cancelled"
+    other = httpx.post(f"{server.address}/v1/completions", json={**body, "max_tokens": 4})
+    assert other.status_code == 400 and "another request" in other.text
+    again = httpx.post(f"{server.address}/v1/completions", json=body)
+    assert again.status_code == 200, again.text
+    assert again.json()["choices"][0]["token_ids"] == answer_of(PROMPT, 30)
+    jobs = httpx.get(f"{server.address}/v1/jobs").json()["data"]
+    assert [job["state"] for job in jobs] == ["finished", "finished"] and jobs[1]["id"] == "mine", "it stands there once"
+    assert httpx.post(f"{server.address}/v1/completions", json=body).json() == again.json() and len(worker.seen) == 3
+
+
+def test_a_job_that_still_ends_because_it_was_left_is_not_handed_out(make_worker, make_server, until) -> None:
+    worker = make_worker("worker-0")
+    worker.token_s, answers, ends = 0.02, worker._answers, threading.Event()
+    worker._answers = lambda job, _cancelled: answers(job, ends)
+    server = make_server(worker, limits={"grace_s": 30.0})
+    body = {"prompt": PROMPT, "max_tokens": 1000, "job_id": "mine"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.address}/v1/completions", json=body, timeout=0.2)
+    until(lambda: worker.cancels == ["client"])
+    early = httpx.post(f"{server.address}/v1/completions", json=body)
+    assert early.status_code == 429 and early.headers["retry-after"] == "1" and "in a moment" in early.text
+    ends.set()
+    until(lambda: server.gateway.live == 0)
+    worker._answers = answers
+    assert httpx.post(f"{server.address}/v1/completions", json={**body, "temperature": 0}).status_code == 400
+    with httpx.stream("POST", f"{server.address}/v1/completions", json={**body, "stream": True}) as answer:
+        assert answer.status_code == 200 and server.gateway.live == 1
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(1.0, "1"), (1.13, "2"), (0.2, "1"), (30.0, "30")])
+def test_who_waits_as_long_as_retry_after_says_has_waited_long_enough(make_worker, make_server, seconds, told) -> None:
+    server = make_server(make_worker("worker-0"))
+
+    def full(_spec) -> None:
+        raise Overloaded("full", retry_after_s=seconds)
+
+    server.gateway.submit = full
+    answer = httpx.post(f"{server.address}/v1/completions", json={"prompt": PROMPT})
+    assert answer.status_code == 429 and answer.headers["retry-after"] == told
+
+
+def test_openais_client_does_not_send_again_what_was_cancelled_or_has_run_out_of_time(make_worker, make_server, until) -> None:
+    worker = make_worker("worker-0")
+    worker.token_s = 0.02
+    server = make_server(worker)
+    client = openai.OpenAI(base_url=server.address + "/v1", api_key="any")
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.completions.create(model="fake", prompt="late", max_tokens=900, extra_body={"deadline_s": 0.3})
+    assert caught.value.status_code == 504 and caught.value.code == "deadline_exceeded" and len(worker.seen) == 1
+
+    def cancel() -> None:
+        until(lambda: len(worker.seen) == 2)
+        httpx.delete(f"{server.address}/v1/jobs/mine")
+
+    other = threading.Thread(target=cancel)
+    other.start()
+    with pytest.raises(openai.ConflictError):
+        client.completions.create(model="fake", prompt="mine", max_tokens=900, extra_body={"job_id": "mine"})
+    other.join()
+    assert len(worker.seen) == 2
+
+
+def test_who_hangs_up_while_it_sends_its_body_is_no_error_of_ours(make_worker, make_server, caplog) -> None:
+    server = make_server(make_worker("worker-0"))
+    host, port = server.address.removeprefix("http://").split(":")
+    for sent in (b"", b'{"prompt":'):
+        with socket.create_connection((host, int(port))) as caller:
+            caller.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n" + sent)
+    for _ in range(5):
+        assert httpx.post(f"{server.address}/v1/completions", json={"prompt": PROMPT}).status_code == 200
+    text = httpx.get(f"{server.address}/metrics").text
+    assert 'code="internal"} 0.0' in text and not [r for r in caplog.records if r.exc_info]
 
 
 @pytest.mark.parametrize("field", [
