@@ -35,7 +35,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     add_name(parser)
     parser.add_argument("--address", help="a gateway's address, instead of a cluster of this machine")
     parser.add_argument("--ca", help="PEM file with the authority of an https gateway")
-    parser.add_argument("--api-key-file", type=Path, help="file that holds the API key for --address")
+    parser.add_argument("--api-key-file", type=Path, help="file that holds the API key; with --name the cluster's own is known")
 
 
 def add_cluster_flags(parser: argparse.ArgumentParser) -> None:

@@ -29,6 +29,7 @@ from kvbank.cluster.job import Job, SpanKeys, TextStream
 from kvbank.cluster.links import Links
 from kvbank.cluster.meters import Meters
 from kvbank.cluster.quotas import Quotas
+from kvbank.cluster.retained import Retained
 from kvbank.cluster.roster import Worker
 from kvbank.cluster.traced import TracedJobs
 from kvbank.errors import InvalidRequest, KVBankError, NotFound, Overloaded, Unavailable
@@ -47,7 +48,7 @@ class GatewayLimits:
     tenant_jobs: int | None = None   # of them, of one tenant
     tenant_tokens_per_s: float | None = None     # prompts and outputs that one tenant may ask for
     lanes_per_worker: int = 200      # jobs at one worker at once
-    retained_jobs: int = 4096        # jobs that are over and can still be read
+    retained_jobs: int = 4096        # jobs that are over and can still be read; who has most of them loses the oldest first
     retained_s: float = 3600.0
     silence_s: float = 10.0          # a worker that says nothing about a job that long has lost it
     grace_s: float = 2.0             # from Cancel to the receipt
@@ -96,7 +97,7 @@ class Gateway:
         self._eos_ids = frozenset(eos_ids)
         self._clock = clock
         self._jobs: OrderedDict[tuple[str, str], Job] = OrderedDict()     # (tenant, id); live ones and retained ones
-        self._over: OrderedDict[tuple[str, str], float] = OrderedDict()   # retained ones by when they ended
+        self._over = Retained(limit=self.limits.retained_jobs, keep_s=self.limits.retained_s)
         self._tasks: set[asyncio.Task[None]] = set()
         self._pinnable: deque[Job] = deque()         # the last ones that are over
         self._dispatch = Dispatch(roster, choose, lanes_per_worker=self.limits.lanes_per_worker, clock=clock,
@@ -225,9 +226,10 @@ class Gateway:
             span_keys=SpanKeys.of(keys, self._blocks_per_span),
         )
         job.progress.total = spec.prompt_tokens
-        for book in (self._over, self._jobs):        # one that was left: its repeat is the newest of all
-            book.pop((spec.tenant, job.id), None)
-        self._jobs[(spec.tenant, job.id)] = job
+        name = (spec.tenant, job.id)
+        self._over.discard(name)                     # one that was left: its repeat is the newest of all
+        self._jobs.pop(name, None)
+        self._jobs[name] = job
         if spec.deadline_s is not None:
             job.deadline = asyncio.get_running_loop().call_later(spec.deadline_s, self._end, job, "deadline")
         self.meters.admitted(spec.tenant)
@@ -239,15 +241,11 @@ class Gateway:
         return job
 
     def _forget_old(self) -> None:
-        oldest_kept = self._clock() - self.limits.retained_s
-        while self._over:
-            name, ended_at = next(iter(self._over.items()))
-            if len(self._over) <= self.limits.retained_jobs and ended_at >= oldest_kept:
-                return
-            del self._over[name], self._jobs[name]
+        for name in self._over.give_way(self._clock()):
+            del self._jobs[name]
 
     def _retry_after(self) -> float:
-        recent = [self._jobs[name] for name in list(self._over)[-16:]]
+        recent = [self._jobs[name] for name in self._over.newest(16)]
         if not recent:
             return 1.0
         seconds = sum(job.ended_at - job.started_at for job in recent) / len(recent)
@@ -272,7 +270,7 @@ class Gateway:
     def _close(self, job: Job, error: KVBankError | None) -> None:
         job.end(self._clock(), error=error)
         self._quotas.release(job.spec.tenant)
-        self._over[(job.spec.tenant, job.id)] = job.ended_at
+        self._over.add((job.spec.tenant, job.id), job.ended_at)
         self._pinnable.append(job)
         if len(self._pinnable) > PINNABLE:
             self._pinnable.popleft().span_keys = SpanKeys()

@@ -16,7 +16,17 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 from kvbank.cluster.fields import Fields, check_text, shown
-from kvbank.cluster.prompts import WIRE_TOKENS, Encode, PromptSegment, Rendered, chat_messages, read_prompt, token_bytes
+from kvbank.cluster.prompts import (
+    SLOW,
+    WIRE_TOKENS,
+    Encode,
+    PromptSegment,
+    Rendered,
+    chat_messages,
+    read_prompt,
+    size,
+    token_bytes,
+)
 from kvbank.errors import InvalidRequest, Overloaded, TooLong
 from kvbank.kvstore.hashing import key_space
 
@@ -25,6 +35,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 SEEDS = 1 << 63                      # workers take seeds below this; any 64-bit integer of a caller becomes one of them
 MAX_RENDERS = 32                     # chats whose template runs or waits to run; one more is Overloaded
+MAX_READS = 64                       # long prompts that are tokenised or wait for it; one more is Overloaded
 MAX_SALT_CHARS = 256
 MAX_LOGPROBS = 20                    # likely tokens told for each token of the output
 _JOB_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._:-]{1,128}")      # as part of a path, . and .. are taken away on the way
@@ -133,6 +144,7 @@ class Intake:
         self.pieces: Pieces = pieces or _NoPieces()
         self._encode, self._render = encode, render
         self._renderers, self._rendering = ThreadPoolExecutor(2, thread_name_prefix="chat-template"), 0
+        self._readers, self._reading = ThreadPoolExecutor(2, thread_name_prefix="tokenise"), 0
         self._capacity_tokens, self._max_job_tokens = capacity_tokens, max_job_tokens
 
     async def spec(
@@ -173,7 +185,7 @@ class Intake:
             "logprobs": logprobs,
         }
         deadline_s = fields.number("deadline_s", None, low=0.0, high=30 * 86_400.0, open_low=True)
-        prompt, segments = await read_prompt(body.get("prompt"), self._encode, self.facts.vocab_size)
+        prompt, segments = await self._read(body.get("prompt"))
         if wanted is None:
             wanted = max(1, min(max_tokens, self.room_tokens() - len(prompt) // 4)) if fitting else max_tokens
         sampling["max_tokens"] = wanted
@@ -197,13 +209,26 @@ class Intake:
 
     async def token_ids(self, prompt: Any) -> list[int]:
         """What `prompt` becomes, however long it is. Raises InvalidRequest."""
-        ids, _ = await read_prompt(prompt, self._encode, self.facts.vocab_size)
+        ids, _ = await self._read(prompt)
         return list(memoryview(ids).cast("i"))
 
     async def prompt_text(self, prompt: Any) -> str:
         """What a prompt says, in text; token ids are decoded. Raises InvalidRequest."""
-        await read_prompt(prompt, self._encode, self.facts.vocab_size)       # it is one
+        await self._read(prompt)                     # it is one
         return await asyncio.to_thread(self._text_of, prompt)
+
+    async def _read(self, prompt: Any) -> tuple[bytes, tuple[PromptSegment, ...]]:
+        """Its ids and segments. Long ones are read on threads of their own, a few at once. Raises InvalidRequest, Overloaded."""
+        if size(prompt) <= SLOW:
+            return read_prompt(prompt, self._encode, self.facts.vocab_size)
+        if self._reading >= MAX_READS:
+            raise Overloaded(f"{MAX_READS} long prompts are being tokenised already; retry in a moment")
+        self._reading += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._readers, read_prompt, prompt, self._encode, self.facts.vocab_size)
+        finally:
+            self._reading -= 1
 
     def _text_of(self, prompt: Any) -> str:
         pieces = [prompt] if isinstance(prompt, str) or not isinstance(prompt[0], dict) else prompt

@@ -162,7 +162,10 @@ class LocalCluster:
         self._guardian = Guardian(marker, str(self._folder))     # before there is anything to guard
         self._folder.mkdir(mode=0o700)
         logs = Path(cluster.log_dir) if cluster.log_dir else self._folder / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cluster.log_dir {logs} cannot be made: {error}") from None
         if tiers.redis == "embedded":
             with marked_environment(marker):
                 self._redis = EmbeddedRedis(tiers.redis_bytes, run_folder=self._folder)

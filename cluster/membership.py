@@ -60,6 +60,7 @@ class Load:
     jobs_waiting: int = 0
     tokens_pending: int = 0          # prompt tokens not computed yet
     suspects: tuple[str, ...] = ()   # member ids it could not reach
+    draining: bool = False           # takes no new job and grants no new loan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

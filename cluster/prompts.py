@@ -8,7 +8,6 @@ Everything wrong is an InvalidRequest or TooLong that names its place. Knows a v
 
 from __future__ import annotations
 
-import asyncio
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from kvbank.errors import InvalidRequest, TooLong
 
 MAX_SEGMENTS = 4096
 WIRE_TOKENS = 900_000                # one Submit message is at most 4 MiB, ids are 4 bytes
-SLOW_TEXT = 1 << 15                  # characters; longer texts are tokenised off the event loop
+SLOW = 1 << 12                       # characters and ids; longer prompts are read off the event loop (2 us a character)
 MAX_MESSAGES = 4096                  # of one chat
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}     # as templates know them
 
-Encode = Callable[[str, bool], list[int]]    # (text, at the start of the prompt) -> token ids
+Encode = Callable[[str, bool], list[int]]    # (text, at the start of the prompt) -> token ids; lets other threads run meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +41,23 @@ class PromptSegment:
     reusable: bool
 
 
-async def read_prompt(prompt: Any, encode: Encode, vocab: int) -> tuple[bytes, tuple[PromptSegment, ...]]:
+def size(prompt: Any) -> int:
+    """Characters and ids of what a caller may send as prompt; 0 for what is none."""
+    if isinstance(prompt, Rendered):
+        return len(prompt.text)
+    if not isinstance(prompt, list):
+        return len(prompt) if isinstance(prompt, str) else 0
+    return len(prompt) + sum(len(inner) for piece in prompt if isinstance(piece, dict) for inner in piece.values()
+                             if isinstance(inner, (str, list)))
+
+
+def read_prompt(prompt: Any, encode: Encode, vocab: int) -> tuple[bytes, tuple[PromptSegment, ...]]:
     """The ids of what a caller may send as prompt, or of a Rendered; and its segments, where it came in some."""
     if prompt is None:
         raise InvalidRequest("prompt is missing")
     if isinstance(prompt, Rendered):
         check_text(prompt.text, "messages")
-        made = token_bytes(await _encoded(prompt.text, encode, at_start=False), "messages", vocab)
+        made = token_bytes(encode(prompt.text, False), "messages", vocab)
         if not made:
             raise InvalidRequest("the chat template made no prompt of these messages; send some text")
         return made, ()
@@ -65,7 +74,7 @@ async def read_prompt(prompt: Any, encode: Encode, vocab: int) -> tuple[bytes, t
     segments: list[PromptSegment] = []
     first = 0
     for number, piece in enumerate(pieces):
-        ids, reusable = await _segment(piece, number, encode, vocab, at_start=first == 0)
+        ids, reusable = _segment(piece, number, encode, vocab, at_start=first == 0)
         parts.append(ids)
         segments.append(PromptSegment(first, first + len(ids) // 4, reusable))
         first = segments[-1].last
@@ -74,7 +83,7 @@ async def read_prompt(prompt: Any, encode: Encode, vocab: int) -> tuple[bytes, t
     return b"".join(parts), () if isinstance(prompt, str) else tuple(segments)
 
 
-async def _segment(piece: Any, number: int, encode: Encode, vocab: int, *, at_start: bool) -> tuple[bytes, bool]:
+def _segment(piece: Any, number: int, encode: Encode, vocab: int, *, at_start: bool) -> tuple[bytes, bool]:
     where = f"prompt segment {number}"
     if not isinstance(piece, dict) or set(piece) - {"text", "token_ids", "reusable"}:
         raise InvalidRequest(f"{where} must be an object of text or token_ids, and reusable")
@@ -87,13 +96,7 @@ async def _segment(piece: Any, number: int, encode: Encode, vocab: int, *, at_st
     if not isinstance(text, str):
         raise InvalidRequest(f"{where}: text must be a string")
     check_text(text, where)
-    return token_bytes(await _encoded(text, encode, at_start=at_start), where, vocab), reusable
-
-
-async def _encoded(text: str, encode: Encode, *, at_start: bool) -> list[int]:
-    if len(text) > SLOW_TEXT:
-        return await asyncio.to_thread(encode, text, at_start)
-    return encode(text, at_start)
+    return token_bytes(encode(text, at_start), where, vocab), reusable
 
 
 def token_bytes(ids: Any, where: str, vocab: int) -> bytes:

@@ -34,6 +34,7 @@ class Worker:
     tokens_pending: int = 0          # prompt tokens that it has yet to compute
     slots_free: int = 0
     slots_total: int = 0
+    draining: bool = False           # refuses new jobs
 
 
 class Roster:
@@ -130,5 +131,5 @@ def _worker(view: MemberView) -> Worker:
     return Worker(
         id=member.id, boot=member.boot, address=member.address, numerics=member.numerics,
         jobs_running=report.jobs_running, jobs_waiting=report.jobs_waiting, tokens_pending=report.tokens_pending,
-        slots_free=report.slots_free, slots_total=member.slots_total,
+        slots_free=report.slots_free, slots_total=member.slots_total, draining=report.draining,
     )

@@ -136,7 +136,7 @@ class HttpSettings:
     tenant_jobs: int | None = _set("int", None, "of them, of one tenant; default: all", low=1, high=1 << 20, none=True)
     tenant_tokens_per_s: float | None = _set("float", None, "prompt and output tokens one tenant may ask for; default: any",
                                              low=0.1, high=1e12, none=True)
-    keep_jobs_s: float = _set("float", 600.0, "a finished job can be asked for this long", low=0, high=7 * 86_400)
+    keep_jobs_s: float = _set("float", 600.0, "a finished job (of 4096) can be asked for this long", low=0, high=7 * 86_400)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

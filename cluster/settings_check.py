@@ -11,6 +11,7 @@ from kvbank.cluster.settings import NODE, Settings, VaultSettings
 from kvbank.errors import ConfigError
 
 MIN_SPANS = 3                        # one being written, one being read, one on its way
+EXAMPLE_KEY = "replace-this-key"     # of deploy/kvbank.yaml
 
 
 def checked(settings: Settings) -> Settings:
@@ -38,6 +39,8 @@ def checked(settings: Settings) -> Settings:
     if http.api_keys and http.api_keys_file:
         raise ConfigError("http.api_keys and http.api_keys_file are two sources for one thing: give one of them")
     if not is_loopback(http.host):
+        if EXAMPLE_KEY in http.api_keys:
+            raise ConfigError(f"http.api_keys still holds {EXAMPLE_KEY}, which everybody knows: put long random texts there")
         if not http.api_keys and not http.api_keys_file:
             raise ConfigError(f"http.host {http.host} is not loopback and http.api_keys is empty: anyone could use it")
         if not http.tls_cert and not cluster.allow_plaintext:

@@ -52,13 +52,16 @@ def path_of(folder: Path, name: str) -> Path:
     return folder / "clusters" / f"{name}.json"
 
 
+def taken(other: Running) -> ConfigError:
+    """What is told to who wants its name."""
+    return ConfigError(f"a cluster named {other.name!r} is already up at {other.address or '(starting)'}: choose another "
+                       f"--name, or `kvbank down --name {other.name}` first")
+
+
 def claim(folder: Path, name: str, **more: Any) -> Running:
     """Take a name for this process. Raises ConfigError when a living cluster has it."""
     if (other := find(folder, name)) is not None and other.pid != os.getpid():
-        raise ConfigError(
-            f"a cluster named {name!r} is already up at {other.address or '(starting)'}: choose another --name, or "
-            f"`kvbank down --name {name}` first"
-        )
+        raise taken(other)
     mine = Running(name=name, pid=os.getpid(), born=psutil.Process().create_time(), **more)
     write(folder, mine)
     return mine

@@ -25,14 +25,14 @@ from kvbank.cluster.config import read_keys, state_dir
 from kvbank.cluster.flags import CLUSTER_FLAGS, overrides_of, settings_of, state_folder
 from kvbank.cluster.screen import console, print_json
 from kvbank.cluster.settings import Settings
-from kvbank.errors import ConfigError, KVBankError
+from kvbank.errors import KVBankError
 
 ROOT = Path(kvbank.__file__).resolve().parent.parent
 
 
 def up(args: argparse.Namespace) -> int:
     settings = settings_of(args)                       # a mistake is told before anything happens
-    folder = state_dir(settings)
+    folder, key = state_dir(settings), _own_key(settings)
     if args.detach:
         return _up_detached(args, folder)
     from kvbank.cluster.launcher import LocalCluster
@@ -42,7 +42,7 @@ def up(args: argparse.Namespace) -> int:
 
         set_up("launcher", settings.flat(), [*settings.http.api_keys, settings.tiers.cache_secret or ""])
     tell = _Teller(args)
-    mine = statefile.claim(folder, args.name, api_key=_own_key(settings), ca=settings.http.tls_cert or "",
+    mine = statefile.claim(folder, args.name, api_key=key, ca=settings.http.tls_cert or "",
                            config=[list(row) for row in settings.rows()])
     leave = threading.Event()
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -94,7 +94,7 @@ def _leave(leave: threading.Event) -> None:
 def _up_detached(args: argparse.Namespace, folder: Path) -> int:
     """Start ourselves again without a terminal, and wait for its word."""
     if (other := statefile.find(folder, args.name)) is not None:
-        raise ConfigError(f"a cluster named {args.name!r} is already up at {other.address or '(starting)'}")
+        raise statefile.taken(other)
     log = folder / "clusters" / f"{args.name}.log"
     log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     heard, told = os.pipe()

@@ -18,20 +18,30 @@ from kvbank.cluster.client import Client, Job
 from kvbank.cluster.config import load, state_dir
 from kvbank.cluster.flags import settings_of, state_folder
 from kvbank.cluster.screen import console, print_json, receipt_view, status_view, table
-from kvbank.errors import InvalidRequest, NotFound
+from kvbank.errors import ConfigError, InvalidRequest, NotFound
 
 ROOT = Path(kvbank.__file__).resolve().parent.parent
 POLL_S = 0.2
 
 
 def _client(args: argparse.Namespace, *, timeout_s: float = 600.0) -> Client:
+    key = _key(args.api_key_file)
     if args.address:
-        key = args.api_key_file.read_text().strip() if args.api_key_file else None
         return Client(args.address, api_key=key, ca=args.ca, timeout_s=timeout_s)
     running = statefile.need(state_folder(), args.name)
     if not running.address:
         raise NotFound(f"the cluster {args.name!r} is still starting")
-    return Client(running.address, api_key=running.api_key or None, ca=args.ca or running.ca or None, timeout_s=timeout_s)
+    return Client(running.address, api_key=key or running.api_key or None, ca=args.ca or running.ca or None,
+                  timeout_s=timeout_s)
+
+
+def _key(file: Path | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--api-key-file {file} cannot be read: {error}") from None
 
 
 def status(args: argparse.Namespace) -> int:
@@ -177,6 +187,8 @@ def certs(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     from kvbank.cluster.plan import plan_view, planned
 
+    if args.tokens is not None and args.tokens < 1:
+        raise InvalidRequest(f"--tokens {args.tokens}: a job has at least one")
     plan = planned(settings_of(args), tokens=args.tokens)
     if args.json:
         print_json(asdict(plan))

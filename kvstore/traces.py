@@ -24,6 +24,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvbank.errors import ConfigError
+
 REST_S = 1.0                                   # gathered work that rests this long becomes a span
 LOOK_S = 0.25
 CLOSE_S = 1.0                                  # for what is left to be exported at the end
@@ -149,7 +151,6 @@ class _Work:
 # -- OpenTelemetry, imported only here ---------------------------------------------------------------------------------
 
 def _provider(member: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
-    from kvbank.errors import ConfigError
 
     try:
         from opentelemetry.sdk.resources import Resource
@@ -179,7 +180,10 @@ def _file_exporter(member: str, settings: Mapping[str, Any]) -> Any:
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
     folder = Path(settings["trace_dir"])
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"tracing.trace_dir {folder} cannot be made: {error}") from None
     path = folder / f"{member}.jsonl"
 
     class ToFile(SpanExporter):                  # type: ignore[misc,unused-ignore]     # Any where it is not installed

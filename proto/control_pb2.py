@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvbank/proto/control.proto\x12\x06kvbank\"\xc7\x01\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04\x62oot\x18\x02 \x01(\x0c\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07replica\x18\x04 \x01(\r\x12\r\n\x05shard\x18\x05 \x01(\r\x12\x0e\n\x06shards\x18\x06 \x01(\r\x12\x0c\n\x04host\x18\x07 \x01(\t\x12\x0b\n\x03pid\x18\x08 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\t \x01(\t\x12\x10\n\x08numerics\x18\n \x01(\t\x12\x12\n\nslot_bytes\x18\x0b \x01(\x04\x12\x13\n\x0bslots_total\x18\x0c \x01(\r\"\x88\x01\n\x0fRegisterRequest\x12\x1e\n\x06member\x18\x01 \x01(\x0b\x32\x0e.kvbank.Member\x12\x16\n\x0ekvbank_version\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x04 \x01(\t\x12\x15\n\rtorch_version\x18\x05 \x01(\t\"/\n\rRegisterReply\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"\xa9\x02\n\x06Report\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\x04\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\x0c\n\x04\x66ull\x18\x04 \x01(\x08\x12\x12\n\nslots_free\x18\x05 \x01(\r\x12\x16\n\x0eslots_lendable\x18\x06 \x01(\r\x12\x12\n\nslots_lent\x18\x07 \x01(\r\x12\x16\n\x0eslots_borrowed\x18\x08 \x01(\r\x12\x14\n\x0cjobs_running\x18\t \x01(\r\x12\x14\n\x0cjobs_waiting\x18\n \x01(\r\x12\x16\n\x0etokens_pending\x18\x0b \x01(\x04\x12\x12\n\nkeys_added\x18\x0c \x01(\x0c\x12\x14\n\x0ckeys_removed\x18\r \x01(\x0c\x12\x10\n\x08suspects\x18\x0e \x03(\t\x12\x0f\n\x07leaving\x18\x0f \x01(\x08\"T\n\x06\x41\x64vice\x12\x16\n\x0eregister_again\x18\x01 \x01(\x08\x12\x11\n\tsend_full\x18\x02 \x01(\x08\x12\x1f\n\x07members\x18\x03 \x03(\x0b\x32\x0e.kvbank.Member\"E\n\x0eLendersRequest\x12\x10\n\x08\x62orrower\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x01(\r\x12\x12\n\nslot_bytes\x18\x03 \x01(\x04\"5\n\x0cLendersReply\x12%\n\ncandidates\x18\x01 \x03(\x0b\x32\x11.kvbank.Candidate\"N\n\tCandidate\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04\x62oot\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x16\n\x0eslots_lendable\x18\x04 \x01(\r\",\n\rLocateRequest\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\r\n\x05\x61sker\x18\x02 \x01(\t\"0\n\x0bLocateReply\x12!\n\x08holdings\x18\x01 \x03(\x0b\x32\x0f.kvbank.Holding\"3\n\x07Holding\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\x11\n\x0fSnapshotRequest\"4\n\rSnapshotReply\x12#\n\x07members\x18\x01 \x03(\x0b\x32\x12.kvbank.MemberView\"o\n\nMemberView\x12\x1e\n\x06member\x18\x01 \x01(\x0b\x32\x0e.kvbank.Member\x12\x1e\n\x06report\x18\x02 \x01(\x0b\x32\x0e.kvbank.Report\x12\x10\n\x08silent_s\x18\x03 \x01(\x01\x12\x0f\n\x07suspect\x18\x04 \x01(\x08\x32\x9d\x02\n\x07\x43ontrol\x12:\n\x08Register\x12\x17.kvbank.RegisterRequest\x1a\x15.kvbank.RegisterReply\x12+\n\tHeartbeat\x12\x0e.kvbank.Report\x1a\x0e.kvbank.Advice\x12\x37\n\x07Lenders\x12\x16.kvbank.LendersRequest\x1a\x14.kvbank.LendersReply\x12\x34\n\x06Locate\x12\x15.kvbank.LocateRequest\x1a\x13.kvbank.LocateReply\x12:\n\x08Snapshot\x12\x17.kvbank.SnapshotRequest\x1a\x15.kvbank.SnapshotReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvbank/proto/control.proto\x12\x06kvbank\"\xc7\x01\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04\x62oot\x18\x02 \x01(\x0c\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07replica\x18\x04 \x01(\r\x12\r\n\x05shard\x18\x05 \x01(\r\x12\x0e\n\x06shards\x18\x06 \x01(\r\x12\x0c\n\x04host\x18\x07 \x01(\t\x12\x0b\n\x03pid\x18\x08 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\t \x01(\t\x12\x10\n\x08numerics\x18\n \x01(\t\x12\x12\n\nslot_bytes\x18\x0b \x01(\x04\x12\x13\n\x0bslots_total\x18\x0c \x01(\r\"\x88\x01\n\x0fRegisterRequest\x12\x1e\n\x06member\x18\x01 \x01(\x0b\x32\x0e.kvbank.Member\x12\x16\n\x0ekvbank_version\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x04 \x01(\t\x12\x15\n\rtorch_version\x18\x05 \x01(\t\"/\n\rRegisterReply\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"\xbb\x02\n\x06Report\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\x04\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\x0c\n\x04\x66ull\x18\x04 \x01(\x08\x12\x12\n\nslots_free\x18\x05 \x01(\r\x12\x16\n\x0eslots_lendable\x18\x06 \x01(\r\x12\x12\n\nslots_lent\x18\x07 \x01(\r\x12\x16\n\x0eslots_borrowed\x18\x08 \x01(\r\x12\x14\n\x0cjobs_running\x18\t \x01(\r\x12\x14\n\x0cjobs_waiting\x18\n \x01(\r\x12\x16\n\x0etokens_pending\x18\x0b \x01(\x04\x12\x12\n\nkeys_added\x18\x0c \x01(\x0c\x12\x14\n\x0ckeys_removed\x18\r \x01(\x0c\x12\x10\n\x08suspects\x18\x0e \x03(\t\x12\x0f\n\x07leaving\x18\x0f \x01(\x08\x12\x10\n\x08\x64raining\x18\x10 \x01(\x08\"T\n\x06\x41\x64vice\x12\x16\n\x0eregister_again\x18\x01 \x01(\x08\x12\x11\n\tsend_full\x18\x02 \x01(\x08\x12\x1f\n\x07members\x18\x03 \x03(\x0b\x32\x0e.kvbank.Member\"E\n\x0eLendersRequest\x12\x10\n\x08\x62orrower\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x01(\r\x12\x12\n\nslot_bytes\x18\x03 \x01(\x04\"5\n\x0cLendersReply\x12%\n\ncandidates\x18\x01 \x03(\x0b\x32\x11.kvbank.Candidate\"N\n\tCandidate\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04\x62oot\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x16\n\x0eslots_lendable\x18\x04 \x01(\r\",\n\rLocateRequest\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\r\n\x05\x61sker\x18\x02 \x01(\t\"0\n\x0bLocateReply\x12!\n\x08holdings\x18\x01 \x03(\x0b\x32\x0f.kvbank.Holding\"3\n\x07Holding\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\x11\n\x0fSnapshotRequest\"4\n\rSnapshotReply\x12#\n\x07members\x18\x01 \x03(\x0b\x32\x12.kvbank.MemberView\"o\n\nMemberView\x12\x1e\n\x06member\x18\x01 \x01(\x0b\x32\x0e.kvbank.Member\x12\x1e\n\x06report\x18\x02 \x01(\x0b\x32\x0e.kvbank.Report\x12\x10\n\x08silent_s\x18\x03 \x01(\x01\x12\x0f\n\x07suspect\x18\x04 \x01(\x08\x32\x9d\x02\n\x07\x43ontrol\x12:\n\x08Register\x12\x17.kvbank.RegisterRequest\x1a\x15.kvbank.RegisterReply\x12+\n\tHeartbeat\x12\x0e.kvbank.Report\x1a\x0e.kvbank.Advice\x12\x37\n\x07Lenders\x12\x16.kvbank.LendersRequest\x1a\x14.kvbank.LendersReply\x12\x34\n\x06Locate\x12\x15.kvbank.LocateRequest\x1a\x13.kvbank.LocateReply\x12:\n\x08Snapshot\x12\x17.kvbank.SnapshotRequest\x1a\x15.kvbank.SnapshotReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,27 +38,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTERREPLY']._serialized_start=379
   _globals['_REGISTERREPLY']._serialized_end=426
   _globals['_REPORT']._serialized_start=429
-  _globals['_REPORT']._serialized_end=726
-  _globals['_ADVICE']._serialized_start=728
-  _globals['_ADVICE']._serialized_end=812
-  _globals['_LENDERSREQUEST']._serialized_start=814
-  _globals['_LENDERSREQUEST']._serialized_end=883
-  _globals['_LENDERSREPLY']._serialized_start=885
-  _globals['_LENDERSREPLY']._serialized_end=938
-  _globals['_CANDIDATE']._serialized_start=940
-  _globals['_CANDIDATE']._serialized_end=1018
-  _globals['_LOCATEREQUEST']._serialized_start=1020
-  _globals['_LOCATEREQUEST']._serialized_end=1064
-  _globals['_LOCATEREPLY']._serialized_start=1066
-  _globals['_LOCATEREPLY']._serialized_end=1114
-  _globals['_HOLDING']._serialized_start=1116
-  _globals['_HOLDING']._serialized_end=1167
-  _globals['_SNAPSHOTREQUEST']._serialized_start=1169
-  _globals['_SNAPSHOTREQUEST']._serialized_end=1186
-  _globals['_SNAPSHOTREPLY']._serialized_start=1188
-  _globals['_SNAPSHOTREPLY']._serialized_end=1240
-  _globals['_MEMBERVIEW']._serialized_start=1242
-  _globals['_MEMBERVIEW']._serialized_end=1353
-  _globals['_CONTROL']._serialized_start=1356
-  _globals['_CONTROL']._serialized_end=1641
+  _globals['_REPORT']._serialized_end=744
+  _globals['_ADVICE']._serialized_start=746
+  _globals['_ADVICE']._serialized_end=830
+  _globals['_LENDERSREQUEST']._serialized_start=832
+  _globals['_LENDERSREQUEST']._serialized_end=901
+  _globals['_LENDERSREPLY']._serialized_start=903
+  _globals['_LENDERSREPLY']._serialized_end=956
+  _globals['_CANDIDATE']._serialized_start=958
+  _globals['_CANDIDATE']._serialized_end=1036
+  _globals['_LOCATEREQUEST']._serialized_start=1038
+  _globals['_LOCATEREQUEST']._serialized_end=1082
+  _globals['_LOCATEREPLY']._serialized_start=1084
+  _globals['_LOCATEREPLY']._serialized_end=1132
+  _globals['_HOLDING']._serialized_start=1134
+  _globals['_HOLDING']._serialized_end=1185
+  _globals['_SNAPSHOTREQUEST']._serialized_start=1187
+  _globals['_SNAPSHOTREQUEST']._serialized_end=1204
+  _globals['_SNAPSHOTREPLY']._serialized_start=1206
+  _globals['_SNAPSHOTREPLY']._serialized_end=1258
+  _globals['_MEMBERVIEW']._serialized_start=1260
+  _globals['_MEMBERVIEW']._serialized_end=1371
+  _globals['_CONTROL']._serialized_start=1374
+  _globals['_CONTROL']._serialized_end=1659
 # @@protoc_insertion_point(module_scope)

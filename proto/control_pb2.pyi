@@ -57,7 +57,7 @@ class RegisterReply(_message.Message):
     def __init__(self, session: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("id", "session", "seq", "full", "slots_free", "slots_lendable", "slots_lent", "slots_borrowed", "jobs_running", "jobs_waiting", "tokens_pending", "keys_added", "keys_removed", "suspects", "leaving")
+    __slots__ = ("id", "session", "seq", "full", "slots_free", "slots_lendable", "slots_lent", "slots_borrowed", "jobs_running", "jobs_waiting", "tokens_pending", "keys_added", "keys_removed", "suspects", "leaving", "draining")
     ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +73,7 @@ class Report(_message.Message):
     KEYS_REMOVED_FIELD_NUMBER: _ClassVar[int]
     SUSPECTS_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     id: str
     session: int
     seq: int
@@ -88,7 +89,8 @@ class Report(_message.Message):
     keys_removed: bytes
     suspects: _containers.RepeatedScalarFieldContainer[str]
     leaving: bool
-    def __init__(self, id: _Optional[str] = ..., session: _Optional[int] = ..., seq: _Optional[int] = ..., full: _Optional[bool] = ..., slots_free: _Optional[int] = ..., slots_lendable: _Optional[int] = ..., slots_lent: _Optional[int] = ..., slots_borrowed: _Optional[int] = ..., jobs_running: _Optional[int] = ..., jobs_waiting: _Optional[int] = ..., tokens_pending: _Optional[int] = ..., keys_added: _Optional[bytes] = ..., keys_removed: _Optional[bytes] = ..., suspects: _Optional[_Iterable[str]] = ..., leaving: _Optional[bool] = ...) -> None: ...
+    draining: bool
+    def __init__(self, id: _Optional[str] = ..., session: _Optional[int] = ..., seq: _Optional[int] = ..., full: _Optional[bool] = ..., slots_free: _Optional[int] = ..., slots_lendable: _Optional[int] = ..., slots_lent: _Optional[int] = ..., slots_borrowed: _Optional[int] = ..., jobs_running: _Optional[int] = ..., jobs_waiting: _Optional[int] = ..., tokens_pending: _Optional[int] = ..., keys_added: _Optional[bytes] = ..., keys_removed: _Optional[bytes] = ..., suspects: _Optional[_Iterable[str]] = ..., leaving: _Optional[bool] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class Advice(_message.Message):
     __slots__ = ("register_again", "send_full", "members")

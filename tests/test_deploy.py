@@ -14,6 +14,7 @@ import yaml
 
 from kvbank.cluster.cli import _parser
 from kvbank.cluster.config import load
+from kvbank.errors import ConfigError
 from kvbank.kvstore.tiers.embedded_redis import find_server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +61,9 @@ def test_every_cluster_file_starts_ray_as_the_one_that_was_run(path: Path) -> No
 
 
 def test_the_settings_file_is_one() -> None:
-    settings = load(DEPLOY / "kvbank.yaml", environ={})
+    with pytest.raises(ConfigError, match="replace-this-key"):       # which everybody can read there
+        load(DEPLOY / "kvbank.yaml", environ={})
+    settings = load(DEPLOY / "kvbank.yaml", environ={"KVBANK__HTTP__API_KEYS": '{"a-key-of-my-own": "default"}'})
     assert settings.cluster.bind_host == "node" and settings.cluster.allow_public and settings.cluster.machines == 3
     nodes = read("ray-cluster.yaml")[0]["provider"]
     assert settings.cluster.machines == 1 + len(nodes["worker_ips"])

@@ -206,7 +206,8 @@ class Worker:
                 added, removed = self.vault.index.keys(), []
             lendable = self.ledger.lendable()
         return {"slots_free": counts.free, "slots_lendable": lendable, "slots_lent": counts.lent,
-                "keys_added": b"".join(added), "keys_removed": b"".join(removed), **self._load()}
+                "keys_added": b"".join(added), "keys_removed": b"".join(removed), "draining": self.ops.draining,
+                **self._load()}
 
     def on_members(self, members: Sequence[control_pb.Member]) -> None:
         """A member that came back with another boot has lost all it held for us."""

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 WATCH_S = 1.0                                # between two looks at a file
 
+Stamp = tuple[int, int, int, int]
+
 
 class Keyring:
     """Call it for the keys of a file: `{key: tenant or tenant:role}`, the same object until they change. Thread-safe."""
@@ -29,6 +31,7 @@ class Keyring:
         self._path, self._clock = path, clock
         self._lock = threading.Lock()
         self._stamp = _stamp(path)
+        self._told: Stamp | None = None              # of a file that could not be read
         self._keys = _some(read_keys(path), path)
         self._looked_at = clock()
 
@@ -47,8 +50,11 @@ class Keyring:
             self._keys = _some(read_keys(self._path), self._path)
             log.info("api_keys_renewed keys=%d", len(self._keys))
         except ConfigError:                          # its text may hold what stands in the file
-            log.warning("api_keys_unreadable")
-        self._stamp = stamp
+            if stamp != self._told:
+                log.warning("api_keys_unreadable")
+            self._told = stamp                       # once each; it is looked at again, it may have been out of reach
+        else:
+            self._stamp = stamp
 
 
 class HttpsCertificate:
@@ -80,15 +86,17 @@ class HttpsCertificate:
             return
         self._stamp = stamp
 
-    def _stamps(self) -> tuple[int | None, ...]:
+    def _stamps(self) -> tuple[Stamp | None, ...]:
         return tuple(_stamp(path) for path in self._files)
 
 
-def _stamp(path: Path) -> int | None:
+def _stamp(path: Path) -> Stamp | None:
+    """Differs when the file does: a copy may keep its time, and who may read it says nothing of its content."""
     try:
-        return path.stat().st_mtime_ns
+        found = path.stat()
     except OSError:
         return None
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
 def _some(keys: Mapping[str, str], path: Path) -> Mapping[str, str]:

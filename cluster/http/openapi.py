@@ -21,7 +21,7 @@ import kvbank
 from kvbank.cluster.http import choices, tokens
 from kvbank.cluster.http.doors import OPEN, OPS, PAGES
 from kvbank.cluster.http.routes import Routes
-from kvbank.cluster.http.schemas import CHAT_FIELDS, SCHEMAS, Schema, body, named
+from kvbank.cluster.http.schemas import CHAT_FIELDS, COMPLETION_FIELDS, SCHEMAS, Schema, body, named
 from kvbank.cluster.intake import SPEC_FIELDS
 from kvbank.cluster.ops import PIN_S
 from kvbank.kvstore.idle import MAX_PIN_S
@@ -53,6 +53,7 @@ _TERM = {"term_s": {"type": "number", "minimum": 0, "maximum": MAX_PIN_S, "defau
 _WORK = ("400", "413", "429", "503", "504")
 _ROUTES = {
     ("GET", "/health"): _Told("Whether anybody can be served", "Health", errors=("503",)),
+    ("HEAD", "/health"): _Told("Whether anybody can be served, without a word", errors=("503",)),
     ("GET", "/v1/models"): _Told("The served model", "Models"),
     ("GET", "/v1/models/{name}"): _Told("One model", "Model", errors=("404",)),
     ("POST", "/v1/completions"): _Told("Go on with a prompt", "Completion", "CompletionRequest", "Completion",
@@ -118,7 +119,7 @@ def _requests() -> dict[str, Schema]:
     completion, talk = shared | openai.KNOWN | set(openai.NEUTRAL), (shared | chat.KNOWN | set(chat.NEUTRAL)) - {"prompt"}
     either = {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
     return {
-        "CompletionRequest": body(completion, required=["prompt"], neutral=openai.NEUTRAL),
+        "CompletionRequest": body(completion, required=["prompt"], neutral=openai.NEUTRAL, own=COMPLETION_FIELDS),
         "ChatRequest": body(talk, required=["messages"], neutral=chat.NEUTRAL, own=CHAT_FIELDS),
         "JobRequest": body(SPEC_FIELDS, required=["prompt"]),
         "TokenizeRequest": body(tokens.TOKENIZE, required=[]) | either,

@@ -28,6 +28,9 @@ class Routes:
     def get(self, path: str) -> Callable[[Handler], Handler]:
         return self._of("GET", path)
 
+    def head(self, path: str) -> Callable[[Handler], Handler]:
+        return self._of("HEAD", path)
+
     def post(self, path: str) -> Callable[[Handler], Handler]:
         return self._of("POST", path)
 
@@ -45,8 +48,7 @@ class Routes:
         """(method, route) of each: `door` raises before the handler sees the request."""
         for method, path, handler in self._handlers:
             route = Route(path, _guarded(door, handler), methods=[method])
-            assert route.methods is not None
-            route.methods.discard("HEAD")            # which would begin streams that nobody can read
+            route.methods = {method}                 # without a HEAD for each GET, which would begin streams that nobody can read
             yield method, route
 
 

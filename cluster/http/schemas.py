@@ -42,20 +42,33 @@ def _list(of: Schema, **more: Any) -> Schema:
     return {"type": "array", "items": of, **more}
 
 
+def _or_null(schema: Schema) -> Schema:
+    """`schema`, or null; what describes it stays outside."""
+    if "type" in schema:
+        return {**schema, "type": [schema["type"], "null"]}
+    if "enum" in schema:
+        return {**schema, "enum": [*schema["enum"], None]}
+    if "anyOf" in schema:
+        return {**schema, "anyOf": [*schema["anyOf"], {"type": "null"}]}
+    return schema
+
+
 def body(fields: Iterable[str], *, required: Iterable[str], neutral: Mapping[str, tuple[Any, ...]] | None = None,
          own: Mapping[str, Schema] | None = None) -> Schema:
-    """An object of just these fields. neutral: those accepted only where they change nothing; own: told otherwise here."""
-    told = {**FIELDS, **(own or {})}
+    """An object of just these fields; null is as good as left out. neutral: those accepted only where they change nothing;
+    own: told otherwise here."""
+    asked = set(required)
+    told = {name: schema if name in asked else _or_null(schema) for name, schema in {**FIELDS, **(own or {})}.items()}
     told |= {name: {"enum": [None, *allowed], "description": "Not supported: accepted only where it changes nothing."}
              for name, allowed in (neutral or {}).items()}
-    return {"type": "object", "additionalProperties": False, "required": sorted(required),
+    return {"type": "object", "additionalProperties": False, "required": sorted(asked),
             "properties": {name: told[name] for name in sorted(fields)}}
 
 
 FIELDS: dict[str, Schema] = {
     "model": _told(_TEXT, "The served model's name; others are 404. May be left out."),
     "prompt": {"description": "Text, token ids, or segments of both.", "anyOf": [
-        _TEXT, _IDS, _list(named("Segment"), maxItems=MAX_SEGMENTS)]},
+        {**_TEXT, "minLength": 1}, {**_IDS, "minItems": 1}, _list(named("Segment"), minItems=1, maxItems=MAX_SEGMENTS)]},
     "messages": _list(named("Message"), minItems=1, maxItems=MAX_MESSAGES),
     "max_tokens": _integer(1, 2**31 - 1, "Tokens of the answer at most. Default 16; in a chat 4096, or what fits."),
     "max_completion_tokens": _integer(1, 2**31 - 1, "Another name of max_tokens."),
@@ -89,6 +102,13 @@ FIELDS: dict[str, Schema] = {
     "tokens": _told(_IDS, "Token ids."),
     **{name: _told({}, "Accepted; changes nothing.") for name in (
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_retention")},
+}
+COMPLETION_FIELDS: dict[str, Schema] = {
+    "prompt": {"description": "Text, token ids, or segments of both; or a list of texts or of lists of ids, each with choices "
+                              "of its own.",
+               "anyOf": [*FIELDS["prompt"]["anyOf"], _list(_TEXT, minItems=1), _list(_IDS, minItems=1)]},
+    "logprobs": {"description": FIELDS["logprobs"]["description"], "anyOf": [
+        {"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS}, {"const": False}]},
 }
 CHAT_FIELDS: dict[str, Schema] = {"logprobs": _told(_FLAG, "Log-probabilities of the answer's tokens: the model's own, before "
                                                     "temperature, top_k and top_p.")}

@@ -103,7 +103,7 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
     from kvbank.workers.detokenizer import byte_runs
     from kvbank.workers.models.chat_template import load_chat_template
     from kvbank.workers.models.config_reader import read_config
-    from kvbank.workers.models.tokenizer import load_tokenizer
+    from kvbank.workers.models.tokenizer import encode, load_tokenizer
     from kvbank.workers.token_pieces import TokenPieces
 
     config = read_config(settings.model)
@@ -123,11 +123,8 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
     def open_text(stop: tuple[str, ...]) -> TextStream:
         return Detokenizer(tokenizer, stop, runs=runs)
 
-    def encode(text: str, at_start: bool) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=at_start).ids)
-
     def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=False))
+        return str(tokenizer.decode_batch([ids], skip_special_tokens=False)[0])      # other threads run meanwhile
 
     def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         return template.render(messages, add_generation_prompt=add_generation_prompt)
@@ -174,8 +171,9 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
         survey = Survey(roster, links, blocks_per_slot=layout.blocks_per_span)
         front = Front(
             gateway=gateway, limits=settings.http,
-            intake=Intake(facts, encode, capacity_tokens=capacity, decode=decode, render=render,
-                          max_job_tokens=settings.max_job_tokens, pieces=TokenPieces(tokenizer)),
+            intake=Intake(facts, lambda text, at_start: encode(tokenizer, text, special_tokens=at_start),
+                          capacity_tokens=capacity, decode=decode, render=render, max_job_tokens=settings.max_job_tokens,
+                          pieces=TokenPieces(tokenizer)),
             api_keys=keys_now, hosts=(*LOOPBACK, settings.host, *settings.names), named=bool(settings.names),
             created=int(time.time()), status=survey.told, borrowed=lambda: survey.borrowed, ops=Ops(roster, links),
         )

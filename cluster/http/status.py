@@ -17,9 +17,10 @@ def open_routes(front: Front) -> Routes:
     """Routes that need no key: whether anybody can be served, and nothing else."""
     made = Routes()
 
+    @made.head("/health")
     @made.get("/health")
     async def health(_request: Request) -> Response:
-        workers = len(front.gateway.workers())
+        workers = sum(not worker.draining for worker in front.gateway.workers())
         body = {"status": "ok" if workers else "unavailable", "workers": workers, "version": kvbank.__version__}
         return JSONResponse(body, status_code=200 if workers else 503)
 

@@ -89,6 +89,36 @@ def test_a_key_comes_from_a_file_and_never_from_the_command_line(make_worker, ma
     assert run(capsys, "status", "--address", address, "--api-key-file", str(tmp_path / "key"))[0] == 0
 
 
+def test_a_given_key_goes_before_the_clusters_own(make_worker, make_server, capsys, state, tmp_path) -> None:
+    """Else the job would run as another tenant."""
+    worker = make_worker("worker-0")
+    address = make_server(worker, api_keys={"planted": "alice", "own": "operators:ops"}).address
+    claimed = statefile.claim(state, "mine", address=address, api_key="own")
+    try:
+        (tmp_path / "key").write_text("planted\n")
+        assert run(capsys, "submit", "hello", "--name", "mine")[0] == 0
+        assert run(capsys, "submit", "hello", "--name", "mine", "--api-key-file", str(tmp_path / "key"))[0] == 0
+    finally:
+        statefile.release(state, claimed)
+    assert [job.tenant for job in worker.seen] == ["operators", "alice"]
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", "folder"])
+def test_a_key_file_that_cannot_be_read_is_told(capsys, tmp_path, content) -> None:
+    path = tmp_path / "key"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    status, told = run(capsys, "status", "--address", "http://127.0.0.1:1", "--api-key-file", str(path))
+    assert status == 1 and told["error"]["code"] == "config_error" and str(path) in told["error"]["message"]
+
+
+@pytest.mark.parametrize("tokens", ["0", "-1"])
+def test_a_plan_for_no_tokens_is_refused(capsys, tokens) -> None:
+    assert run(capsys, "plan", "--tokens", tokens)[1]["error"]["code"] == "invalid_request"
+
+
 def test_status_config_names_the_source_of_every_value(capsys, monkeypatch) -> None:
     monkeypatch.setenv("KVBANK__HTTP__PORT", "8123")
     status, told = run(capsys, "status", "--config")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from dataclasses import replace
 
 import httpx
 import openai
@@ -438,7 +439,7 @@ def _rooms(server) -> dict[tuple[str, str], str]:
             if inner:
                 walk(inner)
             else:
-                found.update((method, route.path) for method in route.methods if method != "HEAD")
+                found.update((method, route.path) for method in route.methods)
 
     walk(app.routes)
     assert found == set(app.state.doors), "a route without a declared role"
@@ -452,7 +453,7 @@ def test_without_a_valid_key_every_route_is_shut_before_its_body_is_read(make_se
     headers = {"Authorization": header} if header else {}
     rooms = _rooms(server)
     assert len(rooms) >= 12 and sorted(path for (_, path), role in rooms.items() if role == "open") == [
-        "/dashboard", "/dashboard/", "/dashboard/door", "/dashboard/{name}", "/health"]
+        "/dashboard", "/dashboard/", "/dashboard/door", "/dashboard/{name}", "/health", "/health"]
     with httpx.Client(base_url=server.address, headers=headers) as client:
         for (method, path), role in rooms.items():
             if role != "open":
@@ -592,8 +593,14 @@ def test_a_bug_in_a_route_tells_the_caller_nothing(make_worker, make_server) -> 
 def test_health_follows_the_workers(make_worker, make_server) -> None:
     server = make_server()
     assert httpx.get(f"{server.address}/health").status_code == 503
-    server.roster.alive = [make_worker("worker-0").view()]
-    assert httpx.get(f"{server.address}/health").json()["workers"] == 1
+    workers = [make_worker(name).view() for name in ("worker-0", "worker-1")]
+    for serving in ([workers[0]], workers, [workers[0], replace(workers[1], draining=True)]):
+        server.roster.alive = serving
+        told = httpx.get(f"{server.address}/health")
+        assert told.status_code == 200 and told.json()["workers"] == sum(not worker.draining for worker in serving)
+    assert httpx.head(f"{server.address}/health").status_code == 200
+    server.roster.alive = [replace(worker, draining=True) for worker in workers]
+    assert httpx.get(f"{server.address}/health").status_code == httpx.head(f"{server.address}/health").status_code == 503
 
 
 def test_metrics_count_what_happened_and_never_who_said_what(make_worker, make_server) -> None:

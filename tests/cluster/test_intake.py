@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvbank.cluster import intake
 from kvbank.cluster.fields import parse_json
 from kvbank.cluster.intake import SPEC_FIELDS, Intake, JobSpec, ModelFacts
-from kvbank.cluster.prompts import WIRE_TOKENS
-from kvbank.errors import InvalidRequest, TooLong
+from kvbank.cluster.prompts import SLOW, WIRE_TOKENS, Rendered
+from kvbank.errors import InvalidRequest, Overloaded, TooLong
 
 INTAKE = Intake(ModelFacts(name="fake", vocab_size=300, max_position=1000), lambda text, start: list(text.encode()))
 
@@ -48,6 +50,36 @@ def test_any_body_is_a_job_or_an_invalid_request(body: dict[str, Any]) -> None:
 def test_any_bytes_are_an_object_or_an_invalid_request(raw: bytes) -> None:
     with contextlib.suppress(InvalidRequest):
         assert isinstance(parse_json(raw), dict)
+
+
+@pytest.mark.parametrize("prompt", [
+    "x" * (SLOW + 1), [{"text": "x" * 40} for _ in range(SLOW // 40 + 1)], Rendered("x" * (SLOW + 1)),
+    [{"token_ids": [1]}, {"text": "x" * SLOW}],
+])
+def test_a_long_prompt_holds_up_nobody_whatever_its_pieces(prompt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokenizer waits for what the event loop does next."""
+    monkeypatch.setattr(intake, "MAX_READS", 2)
+    goes = threading.Event()
+
+    def encode(text: str, _at_start: bool) -> list[int]:
+        assert goes.wait(20)
+        return list(text.encode())
+
+    async def play() -> None:
+        made = Intake(ModelFacts(name="fake", vocab_size=300, max_position=10_000), encode)
+        asked = [asyncio.ensure_future(made.spec({"prompt": prompt}, tenant="t")) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert (await made.spec({"prompt": [1, 2]}, tenant="t")).prompt_tokens == 2
+        with pytest.raises(Overloaded, match="2 long prompts"):
+            await made.spec({"prompt": prompt}, tenant="t")
+        goes.set()
+        told = await asyncio.wait_for(asyncio.gather(*asked), 20)
+        assert [each.prompt_tokens for each in told] == [len(told[0].prompt) // 4] * 2 and told[0].prompt_tokens > SLOW
+        with pytest.raises(TooLong):
+            await made.spec({"prompt": [1] * 10_001}, tenant="t")
+        assert made._reading == 0
+
+    asyncio.run(play())
 
 
 def test_the_prompt_of_a_message_is_never_told_back() -> None:

@@ -12,6 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from kvbank.cluster.http import openapi
+from kvbank.cluster.http.schemas import FIELDS
 
 COMMITTED = Path(__file__).resolve().parents[2] / "docs/openapi.json"
 DOCUMENT = json.loads(openapi.text())
@@ -92,8 +93,12 @@ def test_what_it_forbids_is_refused_and_what_it_allows_is_taken(make_worker, mak
         {"deadline_s": 20}, {"nonsense": 1}, {"stop_token_ids": [5]}, {"ignore_eos": True}, {"ignore_eos": 1},
         {"n": 2}, {"n": 17}, {"stream_options": {}}, {"stream_options": {"x": 1}}, {"logprobs": 5}, {"logprobs": True},
         {"logit_bias": {}}, {"logit_bias": {"1": 1}}, {"presence_penalty": 0}, {"presence_penalty": 1}, {"echo": True},
+        {"logprobs": False}, {"job_id": "."}, *({name: None} for name in (*FIELDS, "nonsense") if name not in start),
         {"user": "u"}, {"tools": []}, {"tools": [{}]}, {"response_format": {"type": "text"}}, {"response_format": {"type": "x"}},
     ]
+    if path == "/v1/completions":
+        changes += [{"prompt": prompt} for prompt in ("a", ["a", "b"], [[1], [2, 3]], [], ["a", 1], [[1], "a"], [[-1]], 5,
+                                                      [{"text": "a"}, {"token_ids": [1]}])]
     for change in changes:
         request = {"max_tokens": 2, **start, **change}
         status = httpx.post(address + path, json=request, timeout=30).status_code

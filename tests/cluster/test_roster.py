@@ -77,6 +77,13 @@ def test_only_whole_living_replicas_serve(control: FakeControl) -> None:
     assert ask(control, ids) == ["worker-0", "worker-2"]
     control.show(member("worker-0"), silent_s=60)
     assert ask(control, ids) == []
+    control.show(member("worker-0"), member("worker-1", replica=1))
+    control.views[1].report.draining = True
+
+    async def drains(roster: Roster) -> list[bool]:
+        return [worker.draining for worker in roster.workers()]
+
+    assert ask(control, drains) == [False, True]
 
 
 def test_a_silent_control_plane_leaves_the_last_view_in_use(control: FakeControl) -> None:

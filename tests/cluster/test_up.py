@@ -47,7 +47,8 @@ def test_a_detached_cluster_is_found_used_and_stopped_by_others(kvbank, tmp_path
     assert stat.S_IMODE(state.stat().st_mode) == 0o600
     assert stat.S_IMODE(Path(json.loads(state.read_text())["log"]).stat().st_mode) == 0o600
 
-    assert kvbank("up", "-d", *flags)[1]["error"]["code"] == "config_error"      # the name is taken
+    taken = kvbank("up", "-d", *flags)[1]["error"]
+    assert taken["code"] == "config_error" and "choose another --name, or `kvbank down" in taken["message"]
     status, told = kvbank("status")
     assert [worker["id"] for worker in told["workers"]] == ["worker-0"] and told["workers"][0]["blocks_total"] == 64
     _, settings = kvbank("status", "--config")
@@ -65,6 +66,21 @@ def test_a_start_that_fails_tells_why_and_leaves_nothing(kvbank, tmp_path) -> No
     assert status == 1 and told["error"]["code"] == "model_error"
     assert not (tmp_path / "state" / "kvbank" / "clusters" / "default.json").exists()
     assert kvbank("status")[1]["error"]["code"] == "not_found"
+
+
+@pytest.mark.parametrize(("setting", "about"), [
+    ("http.api_keys_file", "http.api_keys_file"), ("cluster.log_dir", "cluster.log_dir"),
+    ("tracing.trace_dir", "tracing.trace_dir"),
+])
+def test_a_detached_start_tells_what_one_in_the_foreground_tells(kvbank, tmp_path, setting, about) -> None:
+    model = str(write_random_model(tmp_path / "model", hidden_size=32, num_layers=1, heads=2, kv_heads=1))
+    bad = tmp_path / "file"
+    bad.write_text("[]")
+    path = bad if setting.startswith("http") else bad / "below"
+    status, told = kvbank("up", "-d", "--model", model, "--redis", "none", "--launcher", "process", "--workers", "1",
+                          "--device-blocks", "64", "--set", f"{setting}={path}", "--set", "tracing.exporter=file",
+                          *(["--set", f"tracing.trace_dir={tmp_path / 'traces'}"] if "trace" not in setting else []))
+    assert status == 1 and about in told["error"]["message"] and told["error"]["code"] == "config_error", told
 
 
 @pytest.mark.parametrize("moment", ["while it starts", "while it serves"])

@@ -26,8 +26,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The text's token ids, with the special tokens the model expects around it. Raises InvalidRequest.
+def encode(tokenizer: Tokenizer, text: str, *, special_tokens: bool = True) -> list[int]:
+    """The text's token ids, with the special tokens the model expects around it. Other threads run meanwhile. Raises
+    InvalidRequest.
 
     A lone surrogate is half a character: JSON can carry it, no tokenizer can.
     """
@@ -36,4 +37,6 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     except UnicodeEncodeError as error:
         raise InvalidRequest(f"the prompt holds a lone surrogate U+{ord(text[error.start]):04X} at character "
                              f"{error.start}; send well-formed Unicode") from error
-    return list(tokenizer.encode(text).ids)
+    # As the tokenizer's own `encode` gives them, without their places in the text: in half the time, and without the
+    # interpreter, which that one keeps (0.23: 7 s for 8 million characters).
+    return list(tokenizer.encode_batch_fast([text], add_special_tokens=special_tokens)[0].ids)

@@ -90,8 +90,10 @@ def test_members_do_what_the_page_asks(cluster, text, until, open_page) -> None:
         waits = client.submit([1, 2, 3], max_tokens=2)
         refused = until(lambda: waits.status().state == "failed", 60)
         assert refused, "the only worker drains: the job is told so"
+        assert until(lambda: httpx.get(f"{town.address}/health").status_code == 503, 10), "and a load balancer, too"
         act(page, "End drain")
         page.wait_for_selector(".title .chip[data-state=ok]")
+        assert until(lambda: httpx.get(f"{town.address}/health").status_code == 200, 10)
         assert len(client.generate([1, 2, 3], max_tokens=2, ignore_eos=True).token_ids) == 2
     page.goto(f"{town.address}/dashboard#/events")
     page.wait_for_selector("tbody >> text=undrain")
