@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvbank.errors import InvalidRequest, ModelError
 from kvbank.workers.models.random_model import END, byte_level_tokenizer
 from kvbank.workers.models.tokenizer import encode, load_tokenizer
+
+SHIPPED = load_tokenizer(Path(__file__).parents[3] / "bench/needle/model")
 
 
 @pytest.fixture
@@ -56,3 +61,22 @@ def test_a_damaged_tokenizer_is_named(folder: Path, content: bytes) -> None:
 def test_what_the_gateway_uses_does_not_import_torch(module: str) -> None:
     code = f"import sys; import {module}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3], timeout=60)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(["<s>", "</s>", "<pad>", " ", "\n", "é", "日本", "🙂", "\u0301", "ab", "1234", "\0"])
+                | st.text(max_size=5), max_size=20).map("".join), st.booleans())
+def test_ids_are_those_of_the_tokenizers_own_encode(text: str, special_tokens: bool) -> None:
+    wanted = list(SHIPPED.encode(text, add_special_tokens=special_tokens).ids)
+    assert encode(SHIPPED, text, special_tokens=special_tokens) == wanted
+
+
+def test_other_threads_run_while_a_long_text_is_tokenised() -> None:
+    """Else one long prompt would halt a whole gateway. A thread that waits gets its turns only where the interpreter is free."""
+    text, done, turns = "The quick brown fox is 3.14159 years old. " * 20_000, threading.Event(), 0
+    thread = threading.Thread(target=lambda: (encode(SHIPPED, text), done.set()))
+    thread.start()
+    while not done.wait(0.001):
+        turns += 1
+    thread.join()
+    assert turns > 10
