@@ -74,7 +74,8 @@ def read_prompt(prompt: Any, encode: Encode, vocab: int) -> tuple[bytes, tuple[P
     segments: list[PromptSegment] = []
     first = 0
     for number, piece in enumerate(pieces):
-        ids, reusable = _segment(piece, number, encode, vocab, at_start=first == 0)
+        where = "prompt" if isinstance(prompt, str) else f"prompt segment {number}"
+        ids, reusable = _segment(piece, where, encode, vocab, at_start=first == 0)
         parts.append(ids)
         segments.append(PromptSegment(first, first + len(ids) // 4, reusable))
         first = segments[-1].last
@@ -83,8 +84,7 @@ def read_prompt(prompt: Any, encode: Encode, vocab: int) -> tuple[bytes, tuple[P
     return b"".join(parts), () if isinstance(prompt, str) else tuple(segments)
 
 
-def _segment(piece: Any, number: int, encode: Encode, vocab: int, *, at_start: bool) -> tuple[bytes, bool]:
-    where = f"prompt segment {number}"
+def _segment(piece: Any, where: str, encode: Encode, vocab: int, *, at_start: bool) -> tuple[bytes, bool]:
     if not isinstance(piece, dict) or set(piece) - {"text", "token_ids", "reusable"}:
         raise InvalidRequest(f"{where} must be an object of text or token_ids, and reusable")
     if ("text" in piece) == ("token_ids" in piece):
