@@ -1,8 +1,8 @@
 """gRPC as every member of kvbank speaks it: one way to make a server, one way to make a channel.
 
 Settings follow docs/promises.md: keepalive agreed by both sides, no port sharing, bounded messages, and the badge (cluster
-token, role of the certificate) checked before a request's body is parsed. Bulk and hot methods carry raw bytes: a handler
-without a serializer.
+token, role of the certificate) checked before anybody waits for a request's body. Bulk and hot methods carry raw bytes: a
+handler without a serializer.
 """
 
 from __future__ import annotations
@@ -55,11 +55,16 @@ _SECURE = [*_CHANNEL, ("grpc.ssl_target_name_override", NAME)]
 
 
 class Doorkeeper(grpc.ServerInterceptor):
-    """Refuses a call without the cluster token, or by a certificate of the wrong role, before its body is parsed."""
+    """Refuses a call without the cluster token, or by a certificate of the wrong role, before its body is waited for.
+
+    So both are done by handlers that take a stream. For a method that takes one message gRPC waits until it is there, in one
+    of the server's threads and without a deadline, before it calls anything of ours: whoever sends headers and never a body
+    would hold that thread for as long as he likes, without having shown anything.
+    """
 
     def __init__(self, badge: Badge) -> None:
         self._badge, self._token = badge, badge.token.encode()
-        self._refuse: Any = grpc.unary_unary_rpc_method_handler(_refuse)
+        self._refuse: Any = grpc.stream_unary_rpc_method_handler(_refuse)
 
     def intercept_service(
         self, continuation: Callable[[Any], Any], details: grpc.HandlerCallDetails
@@ -72,28 +77,35 @@ class Doorkeeper(grpc.ServerInterceptor):
         return handler if handler is None or check is None else _checked(handler, check)
 
 
-def _refuse(_request: Any, context: grpc.ServicerContext) -> None:
+def _refuse(_data: Iterator[bytes], context: grpc.ServicerContext) -> None:
     context.abort(grpc.StatusCode.UNAUTHENTICATED, "unauthorized: the cluster token is missing or wrong")
 
 
 def _checked(handler: Any, check: Callable[[grpc.ServicerContext], None]) -> Any:
-    """The same handler, with `check` between the bytes and their parser: who calls is known only in the call itself."""
+    """The same handler, with `check` before its bytes and their parser: who calls is known only in the call itself."""
     parse = handler.request_deserializer
     inner = (handler.stream_stream or handler.stream_unary) if handler.request_streaming else (
         handler.unary_stream or handler.unary_unary)
 
-    def one(data: bytes, context: grpc.ServicerContext) -> Any:
+    def one(data: Iterator[bytes], context: grpc.ServicerContext) -> Any:
         check(context)
-        return inner(data if parse is None else parse(data), context)
+        first = _first(data, context)
+        return inner(first if parse is None else parse(first), context)
 
     def many(data: Iterator[bytes], context: grpc.ServicerContext) -> Any:
         check(context)
         return inner(data if parse is None else map(parse, data), context)
 
-    made: Any = {(False, False): grpc.unary_unary_rpc_method_handler, (False, True): grpc.unary_stream_rpc_method_handler,
-                 (True, False): grpc.stream_unary_rpc_method_handler, (True, True): grpc.stream_stream_rpc_method_handler}
-    return made[handler.request_streaming, handler.response_streaming](
-        many if handler.request_streaming else one, None, handler.response_serializer)
+    made: Any = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+    return made(many if handler.request_streaming else one, None, handler.response_serializer)
+
+
+def _first(data: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+    """The message of a call that brings one. As gRPC does: a call without any is refused, and nobody looks for a second."""
+    for message in data:
+        return message
+    context.abort(grpc.StatusCode.UNIMPLEMENTED, "this method requires exactly one request message")
+    raise AssertionError("abort raises")
 
 
 def server(badge: Badge | str, *, threads: int = 32) -> grpc.Server:

@@ -15,6 +15,7 @@ from kvbank.cluster.control import Control
 from kvbank.kvstore.transport import rpc
 from kvbank.kvstore.transport.badge import CALLERS, ROLES, Badge, Certificates
 from kvbank.workers.models.random_model import write_random_model
+from tests.kvstore.transport.headers_only import Mute
 from tests.workers.conftest import TOKEN, Town
 
 REFUSED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE}
@@ -92,3 +93,17 @@ def test_no_rpc_lets_a_wrong_credential_through(members, certs, kind) -> None:
     if served in methods:
         with rpc.channel(address, badge("good", "gateway")) as channel:
             assert isinstance(channel.unary_unary(f"/{served}")(b"", timeout=15), bytes), "it still serves who may ask"
+
+
+@pytest.mark.parametrize("kind", ["control", "lender", "worker", "follower"])
+def test_no_rpc_waits_for_the_body_of_a_wrong_credential(members, certs, kind) -> None:
+    """Else whoever reaches a port could hold every thread of a member."""
+    address, methods = members[kind]
+    for role in ROLES:
+        certificates = Certificates(certs / "good", role)
+        denied = [method for method in methods if role not in CALLERS.get(method, CALLERS.get(method.partition("/")[0], ()))]
+        for token, asked, answer in ((TOKEN, denied, grpc.StatusCode.PERMISSION_DENIED),
+                                     ("0" * 32, methods, grpc.StatusCode.UNAUTHENTICATED)):
+            with Mute(rpc.channel(address, Badge(token, certificates))) as caller:
+                calls = {method: caller.call(method, within_s=15.0) for method in asked}
+                assert {method: call.code() for method, call in calls.items()} == dict.fromkeys(asked, answer), role

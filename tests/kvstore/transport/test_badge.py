@@ -17,8 +17,10 @@ from kvbank.cluster.certs import expires, make_certificates
 from kvbank.errors import ConfigError
 from kvbank.kvstore.transport import rpc
 from kvbank.kvstore.transport.badge import CALLERS, ROLES, Badge, Certificates
+from tests.kvstore.transport.headers_only import Mute
 
 TOKEN = "ab" * 16
+THREADS = 4
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +39,13 @@ class Echo:
 
     def __init__(self, shown: Badge | str, *, port: int = 0) -> None:
         self.parsed = 0
-        self.server = rpc.server(shown, threads=4)
+        self.server = rpc.server(shown, threads=THREADS)
         methods = [("kvbank.Control", "Register"), ("kvbank.Control", "Snapshot"), ("kvbank.Jobs", "Status"),
                    ("kvbank.Ops", "Drain"), ("kvbank.Bank", "Borrow"), ("kvbank.Shard", "Lead"), ("kvbank.New", "Thing")]
         for service, method in methods:
             self.server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {
                 method: grpc.unary_unary_rpc_method_handler(lambda data, _: data, self._parse),
+                f"{method}Answers": grpc.unary_stream_rpc_method_handler(lambda data, _: iter([data, data]), self._parse),
                 f"{method}Stream": grpc.stream_stream_rpc_method_handler(lambda data, _: data, self._parse)})])
         self.methods = [f"{service}/{method}" for service, method in methods]
         self.address = f"127.0.0.1:{rpc.bind(self.server, f'127.0.0.1:{port}')}"
@@ -88,6 +91,52 @@ def test_a_stream_is_refused_before_its_first_message_is_parsed(echo: Echo, fold
         assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED and echo.parsed == before
         answer = channel.stream_stream("/kvbank.Jobs/StatusStream")(iter([b"a", b"b"]), timeout=10)
         assert list(answer) == [b"a", b"b"] and echo.parsed == before + 2
+
+
+KINDS = ["", "Answers", "Stream"]              # of a method of Echo: one message for one, one for many, many for many
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_stranger_who_never_sends_a_body_is_refused_and_holds_nobody_up(folder: Path, secure: bool) -> None:
+    server = Echo(badge(folder, "worker") if secure else TOKEN)
+    wrong = badge(folder, "worker", "0" * 32) if secure else "0" * 32
+    try:
+        with Mute(rpc.channel(server.address, wrong)) as stranger:
+            calls = [stranger.call(f"kvbank.Bank/Borrow{kind}") for kind in KINDS for _ in range(THREADS)]
+            assert ask(server.address, "kvbank.Bank/Borrow", badge(folder, "worker") if secure else TOKEN) == b"hello"
+            assert {call.code() for call in calls} == {grpc.StatusCode.UNAUTHENTICATED}
+    finally:
+        server.server.stop(None)
+
+
+def test_a_member_of_another_role_who_never_sends_a_body_is_refused_and_holds_nobody_up(echo: Echo, folder: Path) -> None:
+    before = echo.parsed
+    with Mute(rpc.channel(echo.address, badge(folder, "gateway"))) as other:
+        calls = [other.call(f"kvbank.Bank/Borrow{kind}") for kind in KINDS for _ in range(THREADS)]
+        assert ask(echo.address, "kvbank.Bank/Borrow", badge(folder, "worker")) == b"hello"
+        assert {call.code() for call in calls} == {grpc.StatusCode.PERMISSION_DENIED}
+    assert echo.parsed == before + 1
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_method_that_takes_one_message_takes_the_first_and_refuses_none(folder: Path, secure: bool) -> None:
+    """The same with certificates as without."""
+    shown = badge(folder, "worker") if secure else TOKEN
+    server = Echo(shown)
+    try:
+        with rpc.channel(server.address, shown) as channel:
+            one, many = channel.stream_unary("/kvbank.Bank/Borrow"), channel.stream_stream("/kvbank.Bank/BorrowAnswers")
+            for asked in (lambda: one(iter([]), timeout=10), lambda: list(many(iter([]), timeout=10))):
+                with pytest.raises(grpc.RpcError) as refused:
+                    asked()
+                assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+                assert "requires exactly one request message" in refused.value.details()
+            assert server.parsed == 0
+            for said in ([b""], [b"a"], [b"a", b"b"]):
+                assert one(iter(said), timeout=10) == said[0]
+                assert list(many(iter(said), timeout=10)) == [said[0]] * 2
+    finally:
+        server.server.stop(None)
 
 
 def test_wrong_credentials_do_not_get_as_far_as_a_body(echo: Echo, folder: Path, tmp_path: Path) -> None:
