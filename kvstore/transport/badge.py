@@ -63,12 +63,14 @@ class Certificates:
                 if self._good is None or stamp != self._seen:
                     self._seen = stamp
                     made = self._whole()
-                    if self._stamp() == stamp:                       # not written on meanwhile
+                    if self._stamp() != stamp:                       # written on meanwhile
+                        self._seen = ()
+                    elif self._good is None or self._good[1] != made:    # a new mode or name alone renews nothing
                         self._good = (stamp, made)
                         log.info("certificates_read role=%s", self.role)
-                    else:
-                        self._seen = ()
             except (OSError, ssl.SSLError) as error:
+                if not isinstance(error, ssl.SSLError):              # unread: next time they may be readable as they are
+                    self._seen = ()
                 if self._good is None:
                     raise ConfigError(f"cluster.tls_dir: {self.role}.pem, its key and ca.pem cannot be read and used: make them "
                                       f"with `kvbank certs {self.folder}`, or copy {self.role}'s to this machine") from error
@@ -85,7 +87,9 @@ class Certificates:
         return ca.read_bytes(), pem.read_bytes(), key.read_bytes()
 
     def _stamp(self) -> tuple[int, ...]:
-        return tuple(path.stat().st_mtime_ns for path in self._paths())
+        """Changes with the content, whatever was done to keep the time of writing, and with what may be read by whom."""
+        found = [path.stat() for path in self._paths()]
+        return tuple(part for one in found for part in (one.st_mtime_ns, one.st_ctime_ns, one.st_size, one.st_ino))
 
     def _paths(self) -> tuple[Path, Path, Path]:
         return self.folder / "ca.pem", self.folder / f"{self.role}.pem", self.folder / f"{self.role}.key"

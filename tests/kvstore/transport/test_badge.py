@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 import queue
+import resource
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -313,6 +316,42 @@ def test_files_that_are_gone_half_there_or_do_not_fit_change_nothing(tmp_path: P
         server.server.stop(None)
     assert not [path for path in folder.iterdir() if path.name == "ca.key" and path.stat().st_mode & 0o077]
     assert TOKEN not in repr(shown)
+
+
+def test_a_renewal_that_could_not_be_read_at_first_is_read_later(tmp_path: Path) -> None:
+    make_certificates(tmp_path)
+    certificates = Certificates(tmp_path, "worker")
+    before = certificates.read()
+    make_certificates(tmp_path)
+    with no_more_files():
+        assert certificates.read() == before
+    assert certificates.read()[1] == (tmp_path / "worker.pem").read_bytes() != before[1]
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """This process cannot open another file or socket."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_renewal_that_keeps_the_times_of_the_files_is_seen_and_a_new_mode_renews_nothing(tmp_path: Path) -> None:
+    """As `cp -p` keeps them; a wrong mode that is put right changes no time of writing either."""
+    make_certificates(tmp_path)
+    certificates, files = Certificates(tmp_path, "worker"), [tmp_path / "worker.pem", tmp_path / "worker.key"]
+    before, stamp, times = certificates.read(), certificates.stamp(), [file.stat().st_mtime_ns for file in files]
+    make_certificates(tmp_path)
+    for file, at in zip(files, times, strict=True):
+        os.utime(file, ns=(at, at))
+    renewed = certificates.read()
+    assert renewed != before and certificates.stamp() != stamp
+    stamp = certificates.stamp()
+    files[0].chmod(0o600)
+    assert certificates.read() == renewed and certificates.stamp() == stamp, "connections are not made anew for it"
 
 
 def test_a_channel_that_another_takes_away_is_never_handed_out(folder: Path) -> None:
