@@ -16,11 +16,11 @@ from typing import Any
 
 import uvicorn
 from starlette.responses import JSONResponse
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kvbank.cluster.capacity import Capacity
 from kvbank.cluster.gateway import Gateway, GatewayLimits
 from kvbank.cluster.http.app import Front, HttpLimits, build_app, error_body
+from kvbank.cluster.http.connection import Connection
 from kvbank.cluster.http.doors import LOOPBACK
 from kvbank.cluster.http.keyring import WATCH_S, HttpsCertificate, Keyring
 from kvbank.cluster.intake import Intake, ModelFacts
@@ -41,7 +41,6 @@ from kvbank.kvstore.transport.badge import Badge
 
 log = logging.getLogger(__name__)
 
-HEADERS_S = 10.0                     # a connection must send its first request's headers within this
 HEADER_BYTES = 32 << 10              # of one request; an endless head is hung up on, a long one answered 431
 HEADERS = 100
 MAX_CONNECTIONS = 2048
@@ -253,7 +252,7 @@ class GatewayServer:
         self.gateway = assembly.front.gateway
         app = _HeadLimit(build_app(assembly.front), refused=self.gateway.meters.refused)
         config = uvicorn.Config(
-            app, http=_PatientProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
+            app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
             server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=1,
             limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=HEADER_BYTES,
         )
@@ -341,19 +340,3 @@ class _HeadLimit:
                 await JSONResponse(error_body(error), status_code=error.http_status)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
-
-
-class _PatientProtocol(H11Protocol):
-    """uvicorn's protocol, but a connection that never sends a whole request head is closed."""
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._deadline = self.loop.call_later(HEADERS_S, self._give_up)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._deadline.cancel()
-        super().connection_lost(exc)
-
-    def _give_up(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
