@@ -24,21 +24,16 @@ def event(data: Any, *, name: str | None = None, number: int | None = None) -> b
 
 
 class EventStream(Response):
-    """Sends events as they come. `on_leave` runs when the reader disconnects before the end.
-
-    A reader that does not take a chunk within `patience_s` is cut off; None: its connection's own bounds decide.
-    """
+    """Sends events as they come. `on_leave` runs when the reader disconnects before the end, or is cut off because it takes
+    nothing (connection.py)."""
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncIterator[bytes], *, on_leave: Callable[[], None] | None = None, patience_s: float | None = None,
-    ) -> None:
+    def __init__(self, events: AsyncIterator[bytes], *, on_leave: Callable[[], None] | None = None) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._on_leave = on_leave
-        self._patience_s = patience_s
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -58,15 +53,7 @@ class EventStream(Response):
 
     async def _pump(self, send: Any) -> None:
         async for chunk in self._events:
-            message = {"type": "http.response.body", "body": chunk, "more_body": True}
-            if self._patience_s is None:
-                await send(message)
-                continue
-            try:
-                async with asyncio.timeout(self._patience_s):
-                    await send(message)
-            except TimeoutError:
-                return                               # an unfinished answer: the server closes the connection
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

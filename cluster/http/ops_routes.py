@@ -21,8 +21,6 @@ from kvbank.cluster.ops import PIN_S, Ops
 from kvbank.errors import NotFound, Unavailable
 from kvbank.kvstore.idle import MAX_PIN_S
 
-PATIENCE_S = 10.0                    # a page that takes no byte for that long is cut off
-
 
 def build_feed(front: Front) -> Feed:
     """The feed of this gateway; it asks nobody before somebody watches."""
@@ -50,7 +48,7 @@ def routes(front: Front, feed: Feed) -> Routes:
     @made.get("/feed")
     async def watch(_request: Request) -> Response:
         feed.check_room()
-        return EventStream(_events(feed), patience_s=PATIENCE_S)
+        return EventStream(_events(feed))
 
     @made.get("/workers/{member}")
     async def worker(request: Request) -> Response:

@@ -41,6 +41,7 @@ from kvbank.kvstore.transport.badge import Badge
 
 log = logging.getLogger(__name__)
 
+KEEP_ALIVE_S = 30                    # a connection may be silent between two requests
 HEADER_BYTES = 32 << 10              # of one request; an endless head is hung up on, a long one answered 431
 HEADERS = 100
 MAX_CONNECTIONS = 2048
@@ -253,7 +254,7 @@ class GatewayServer:
         app = _HeadLimit(build_app(assembly.front), refused=self.gateway.meters.refused)
         config = uvicorn.Config(
             app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
-            server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=1,
+            server_header=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=1,
             limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=HEADER_BYTES,
         )
         config.load()
