@@ -44,5 +44,8 @@ def add_routes(made: Routes, front: Front) -> None:
         fields = Fields(body)
         fields.refuse_unknown(DETOKENIZE)
         check_model(front, fields.text("model", None))
-        ids = intake.checked_ids(body.get("tokens"), "tokens")
+        given, limit = body.get("tokens"), intake.facts.max_position
+        if isinstance(given, list) and len(given) > limit:           # a token may be a long word: the answer has a bound, too
+            raise InvalidRequest(f"tokens has {len(given)} ids, at most {limit} become text at once: as many as the model reads")
+        ids = intake.checked_ids(given, "tokens")
         return JSONResponse({"prompt": await asyncio.to_thread(intake.decode, ids)})

@@ -126,7 +126,7 @@ def test_prompts_and_chats_are_tokenised_and_back_without_a_job(make_worker, mak
     assert bytes(httpx.post(f"{address}/tokenize", json=chat).json()["tokens"]) == b"user:Hi\nassistant:"
     without = httpx.post(f"{address}/tokenize", json={**chat, "add_generation_prompt": False}).json()
     assert bytes(without["tokens"]) == b"user:Hi\n"
-    assert httpx.post(f"{address}/detokenize", json={"tokens": told["tokens"]}).json() == {"prompt": "much longer than the model"}
+    assert httpx.post(f"{address}/detokenize", json={"tokens": told["tokens"][:8]}).json() == {"prompt": "much lon"}
     assert httpx.post(f"{address}/detokenize", json={"tokens": []}).json() == {"prompt": ""}
     assert not worker.seen
 

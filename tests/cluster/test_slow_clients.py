@@ -244,3 +244,11 @@ def test_a_stream_that_nobody_takes_ends_with_its_job(make_worker, make_server, 
     assert unread.recv(20).startswith(b"HTTP/1.1 200")
     until(lambda: cut_off(unread), within_s=30)
     until(lambda: made.gateway.live == 0, within_s=10)
+
+
+def test_more_ids_than_the_model_reads_are_not_made_text(make_worker, make_server) -> None:
+    address = make_server(make_worker("worker-0"), max_position=8).address
+    assert httpx.post(f"{address}/detokenize", json={"tokens": [97] * 8}).json() == {"prompt": "a" * 8}
+    answer = httpx.post(f"{address}/detokenize", json={"tokens": [97] * 9})
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_request"
+    assert "9" in answer.json()["error"]["message"] and "8" in answer.json()["error"]["message"]
