@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 
 from kvbank.cluster.changes import BAD, INFO, JOB, KINDS, OPS, WARN, Happening, differences
@@ -137,7 +137,7 @@ class Feed:
         if len(self._watchers) >= MAX_WATCHERS:
             raise Overloaded(f"{MAX_WATCHERS} pages watch this gateway already; close one", retry_after_s=5.0)
 
-    async def watch(self) -> AsyncIterator[tuple[str, str]]:
+    async def watch(self) -> AsyncGenerator[tuple[str, str], None]:
         """(name, data) of each message: "snapshot" first, then "delta". Ends when the reader is too slow, or the gateway
         stops."""
         watcher = Watcher()

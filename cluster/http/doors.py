@@ -99,7 +99,7 @@ class Doorman:
 
 @dataclass(frozen=True)
 class Door:
-    """Lets through who has the role, and leaves a Caller in `request.state`. Before the body is read."""
+    """Lets through who has the role, and leaves a Caller, and itself, in `request.state`. Before the body is read."""
 
     doorman: Doorman
     role: str
@@ -115,7 +115,14 @@ class Door:
             if request.method not in _SAFE_METHODS and not hmac.compare_digest(
                     request.headers.get(CSRF_HEADER, "").encode(), self.doorman.csrf_token(caller).encode()):
                 raise Forbidden(f"the header {CSRF_HEADER} is missing or wrong: GET /v1/ops/session tells it")
-        request.state.caller, request.state.tenant = caller, caller.tenant
+        request.state.caller, request.state.tenant, request.state.door = caller, caller.tenant, self
+
+    def still_open_for(self, request: Request) -> bool:
+        """Whether a key of a request that came through is valid still and says the same. For answers that do not end."""
+        try:
+            return bool(self.doorman.caller(request) == request.state.caller)
+        except Unauthorized:
+            return False
 
 
 class OriginGuard:

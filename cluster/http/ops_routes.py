@@ -6,6 +6,7 @@ POST /v1/ops/members/ID/ACTION · POST /v1/ops/jobs/NAME_ON_THE_WIRE/pin?term_s=
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -46,9 +47,9 @@ def routes(front: Front, feed: Feed) -> Routes:
         return front.ops
 
     @made.get("/feed")
-    async def watch(_request: Request) -> Response:
+    async def watch(request: Request) -> Response:
         feed.check_room()
-        return EventStream(_events(feed))
+        return EventStream(_events(feed, request))
 
     @made.get("/workers/{member}")
     async def worker(request: Request) -> Response:
@@ -79,6 +80,10 @@ def routes(front: Front, feed: Feed) -> Routes:
     return made
 
 
-async def _events(feed: Feed) -> AsyncIterator[bytes]:
-    async for name, data in feed.watch():
-        yield f"event: {name}\ndata: {data}\n\n".encode()
+async def _events(feed: Feed, request: Request) -> AsyncIterator[bytes]:
+    """Until the request's key is taken back: a feed has no end of its own."""
+    async with contextlib.aclosing(feed.watch()) as messages:
+        async for name, data in messages:
+            if not request.state.door.still_open_for(request):
+                return
+            yield f"event: {name}\ndata: {data}\n\n".encode()

@@ -10,6 +10,7 @@ import json
 import select
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -252,3 +253,27 @@ def test_more_ids_than_the_model_reads_are_not_made_text(make_worker, make_serve
     answer = httpx.post(f"{address}/detokenize", json={"tokens": [97] * 9})
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_request"
     assert "9" in answer.json()["error"]["message"] and "8" in answer.json()["error"]["message"]
+
+
+# -- who may go on listening --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("after", [{"key-a": "alice"}, {"key-a": "alice", "leaked": "operators"},
+                                   {"key-a": "alice", "leaked": "others:ops"}], ids=["gone", "no operator", "another tenant"])
+def test_a_feed_ends_when_its_key_does(make_worker, make_server, until, after) -> None:
+    keys = [{"key-a": "alice", "leaked": "operators:ops", "key-ops": "operators:ops"}]
+    address = make_server(make_worker("worker-0"), api_keys=lambda: keys[0]).address
+    seen: dict[str, int] = {}
+
+    def watch(key: str) -> None:
+        with httpx.stream("GET", f"{address}/v1/ops/feed", headers={"Authorization": f"Bearer {key}"}, timeout=30) as answer:
+            for line in answer.iter_lines():
+                seen[key] = seen.get(key, 0) + line.startswith("data:")
+
+    watching = {key: threading.Thread(target=watch, args=(key,), daemon=True) for key in ("leaked", "key-ops")}
+    for thread in watching.values():
+        thread.start()
+    until(lambda: min(seen.get("leaked", 0), seen.get("key-ops", 0)) >= 2)
+    keys[0] = {**after, "key-ops": "operators:ops"}
+    until(lambda: not watching["leaked"].is_alive(), within_s=10)
+    went_on = seen["key-ops"]
+    until(lambda: seen["key-ops"] > went_on + 1, within_s=10)
