@@ -78,6 +78,7 @@ def set_up(member: str, settings: Mapping[str, Any], secrets: Iterable[str] = ()
     logging.basicConfig(level=str(settings.get("level", "info")).upper(), handlers=[handler, OF_THIS_PROCESS], force=True)
     for foreign in ("httpx", "httpcore", "uvicorn.access"):      # they write addresses of requests
         logging.getLogger(foreign).setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)   # below it are lines that any stranger's request can ask for
     logging.raiseExceptions = False                  # or a record that cannot be written is printed with its arguments
     threading.excepthook = _thread_died
     sys.excepthook = _process_died

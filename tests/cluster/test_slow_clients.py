@@ -6,10 +6,13 @@ What must stay open while time passes is compared with a connection that must no
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import logging
 import select
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +24,7 @@ from kvbank.cluster.certs import make_certificates
 from kvbank.cluster.http import connection, server
 from kvbank.cluster.http.keyring import HttpsCertificate
 from kvbank.cluster.intake import Intake
+from kvbank.cluster.logs import set_up
 
 KEYS = {"key-a": "alice", "key-ops": "operators:ops"}
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -277,3 +281,50 @@ def test_a_feed_ends_when_its_key_does(make_worker, make_server, until, after) -
     until(lambda: not watching["leaked"].is_alive(), within_s=10)
     went_on = seen["key-ops"]
     until(lambda: seen["key-ops"] > went_on + 1, within_s=10)
+
+
+# -- what strangers can make the gateway write --------------------------------------------------------------------------
+
+@pytest.fixture
+def log() -> Iterator[io.StringIO]:
+    """What a member would write, set up as a member does."""
+    root, stream = logging.getLogger(), io.StringIO()
+    hooks, handlers, level = (threading.excepthook, sys.excepthook, logging.raiseExceptions), list(root.handlers), root.level
+    try:
+        set_up("gateway", {"level": "info"}, to=stream)
+        yield stream
+    finally:
+        (threading.excepthook, sys.excepthook, logging.raiseExceptions), root.handlers = hooks, handlers
+        root.setLevel(level)
+
+
+CHUNKED = b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+UPGRADE = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", [
+    [UPGRADE], [b"nonsense\r\n\r\n"], [CHUNKED + b"nonsense\r\n"], [CHUNKED, b"nonsense\r\n"], [CHUNKED + b"1\r\n", b"nonsense"],
+    [POST_REFUSED], [GET + b"\x00nonsense"], [GET, b"\x00nonsense"],
+], ids=["upgrade", "no request", "no chunk", "no chunk, answered", "no chunk's end", "left", "pipelined", "second"])
+def test_a_stranger_cannot_make_the_log_grow(make_worker, make_server, dial, until, log, sent) -> None:
+    address = make_server(make_worker("worker-0"), api_keys=KEYS).address
+    httpx.get(f"{address}/health")
+    before = log.getvalue()
+    for _ in range(3):
+        sock = dial(address)
+        for at, part in enumerate(sent):
+            sock.sendall(part)
+            assert at == len(sent) - 1 or heard(sock, until=b"}")
+        sock.shutdown(socket.SHUT_WR)
+        until(lambda sock=sock: closed(sock), within_s=10)
+    assert httpx.get(f"{address}/health").status_code == 200
+    assert log.getvalue() == before
+
+
+def test_what_breaks_inside_is_still_written(make_worker, make_server, until, log) -> None:
+    def broken(*args: object, **named: object) -> Intake:
+        return Intake(*args, **{**named, "decode": lambda _ids: 1 // 0})
+
+    address = make_server(make_worker("worker-0"), intake=broken).address
+    assert httpx.post(f"{address}/detokenize", json={"tokens": [1]}).status_code == 500
+    until(lambda: "ZeroDivisionError" in log.getvalue(), within_s=10)
