@@ -99,7 +99,7 @@ FIELDS: dict[str, Schema] = {
     "top_logprobs": _integer(0, MAX_LOGPROBS, "Likely tokens beside each token; needs logprobs."),
     "prompt_cache_key": _told(_TEXT, "Accepted; changes nothing, prefixes are found by content."),
     "add_generation_prompt": _told({**_FLAG, "default": True}, "Whether the prompt asks for an answer."),
-    "tokens": _told(_IDS, "Token ids."),
+    "tokens": _told(_IDS, "Token ids; at most as many as the model reads (max_model_len of /tokenize)."),
     **{name: _told({}, "Accepted; changes nothing.") for name in (
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_retention")},
 }
