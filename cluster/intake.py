@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -27,15 +26,14 @@ from kvbank.cluster.prompts import (
     size,
     token_bytes,
 )
-from kvbank.errors import InvalidRequest, Overloaded, TooLong
+from kvbank.cluster.turns import Turns
+from kvbank.errors import InvalidRequest, TooLong
 from kvbank.kvstore.hashing import key_space
 
 POLICIES = ("exact",)
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 SEEDS = 1 << 63                      # workers take seeds below this; any 64-bit integer of a caller becomes one of them
-MAX_RENDERS = 32                     # chats whose template runs or waits to run; one more is Overloaded
-MAX_READS = 64                       # long prompts that are tokenised or wait for it; one more is Overloaded
 MAX_SALT_CHARS = 256
 MAX_LOGPROBS = 20                    # likely tokens told for each token of the output
 _JOB_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._:-]{1,128}")      # as part of a path, . and .. are taken away on the way
@@ -143,8 +141,7 @@ class Intake:
         self.decode = decode
         self.pieces: Pieces = pieces or _NoPieces()
         self._encode, self._render = encode, render
-        self._renderers, self._rendering = ThreadPoolExecutor(2, thread_name_prefix="chat-template"), 0
-        self._readers, self._reading = ThreadPoolExecutor(2, thread_name_prefix="tokenise"), 0
+        self._renderers, self._readers = Turns("the chat template"), Turns("the tokenizer")
         self._capacity_tokens, self._max_job_tokens = capacity_tokens, max_job_tokens
 
     async def spec(
@@ -185,7 +182,7 @@ class Intake:
             "logprobs": logprobs,
         }
         deadline_s = fields.number("deadline_s", None, low=0.0, high=30 * 86_400.0, open_low=True)
-        prompt, segments = await self._read(body.get("prompt"))
+        prompt, segments = await self._read(body.get("prompt"), tenant)
         if wanted is None:
             wanted = max(1, min(max_tokens, self.room_tokens() - len(prompt) // 4)) if fitting else max_tokens
         sampling["max_tokens"] = wanted
@@ -195,40 +192,26 @@ class Intake:
             **sampling,
         )
 
-    async def chat(self, messages: Any, *, add_generation_prompt: bool = True) -> Rendered:
-        """Messages as the model's chat template writes them. Raises InvalidRequest."""
-        checked = chat_messages(messages)
-        if self._rendering >= MAX_RENDERS:
-            raise Overloaded(f"{MAX_RENDERS} chats are being written as prompts already; retry in a moment")
-        self._rendering += 1                 # threads of their own: a slow template holds up chats and nothing else
-        try:
-            text = await asyncio.get_running_loop().run_in_executor(self._renderers, self._render, checked, add_generation_prompt)
-        finally:
-            self._rendering -= 1
-        return Rendered(text)
+    async def chat(self, messages: Any, *, tenant: str, add_generation_prompt: bool = True) -> Rendered:
+        """Messages as the model's chat template writes them. Raises InvalidRequest, Overloaded."""
+        checked = chat_messages(messages)    # threads of their own: a slow template holds up chats and nothing else
+        return Rendered(await self._renderers.run(tenant, self._render, checked, add_generation_prompt))
 
-    async def token_ids(self, prompt: Any) -> list[int]:
-        """What `prompt` becomes, however long it is. Raises InvalidRequest."""
-        ids, _ = await self._read(prompt)
+    async def token_ids(self, prompt: Any, *, tenant: str) -> list[int]:
+        """What `prompt` becomes, however long it is. Raises InvalidRequest, Overloaded."""
+        ids, _ = await self._read(prompt, tenant)
         return list(memoryview(ids).cast("i"))
 
-    async def prompt_text(self, prompt: Any) -> str:
-        """What a prompt says, in text; token ids are decoded. Raises InvalidRequest."""
-        await self._read(prompt)                     # it is one
+    async def prompt_text(self, prompt: Any, *, tenant: str) -> str:
+        """What a prompt says, in text; token ids are decoded. Raises InvalidRequest, Overloaded."""
+        await self._read(prompt, tenant)             # it is one
         return await asyncio.to_thread(self._text_of, prompt)
 
-    async def _read(self, prompt: Any) -> tuple[bytes, tuple[PromptSegment, ...]]:
-        """Its ids and segments. Long ones are read on threads of their own, a few at once. Raises InvalidRequest, Overloaded."""
+    async def _read(self, prompt: Any, tenant: str) -> tuple[bytes, tuple[PromptSegment, ...]]:
+        """Its ids and segments. Long ones are read on threads, the tenants by turns. Raises InvalidRequest, Overloaded."""
         if size(prompt) <= SLOW:
             return read_prompt(prompt, self._encode, self.facts.vocab_size)
-        if self._reading >= MAX_READS:
-            raise Overloaded(f"{MAX_READS} long prompts are being tokenised already; retry in a moment")
-        self._reading += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._readers, read_prompt, prompt, self._encode, self.facts.vocab_size)
-        finally:
-            self._reading -= 1
+        return await self._readers.run(tenant, read_prompt, prompt, self._encode, self.facts.vocab_size)
 
     def _text_of(self, prompt: Any) -> str:
         pieces = [prompt] if isinstance(prompt, str) or not isinstance(prompt[0], dict) else prompt

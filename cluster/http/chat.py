@@ -46,7 +46,7 @@ async def _begin(front: Front, body: dict[str, Any], tenant: str) -> Choices:
         raise InvalidRequest("a chat has messages and no prompt; send a prompt to /v1/completions")
     fields = check(front, body, KNOWN, NEUTRAL)
     wish = read_wish(body, fields, 1, wanted_by_chat(fields))
-    prompt = await front.intake.chat(body.get("messages"))
+    prompt = await front.intake.chat(body.get("messages"), tenant=tenant)
     jobs = await submit(front, body, [prompt], tenant, max_tokens=ANSWER_TOKENS, fitting=True, logprobs=wish.logprobs)
     return Choices(front, jobs, wish, _Chat(front))
 

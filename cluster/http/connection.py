@@ -24,7 +24,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADERS_S = 10.0                     # from a head's first byte to its last; for the first one, from the connection on
 REST_S = 5.0                         # for a body that is only dropped, so that an honest client hears why
-UNREAD_S = 60.0                      # without one byte taken; noticed within twice that
+UNREAD_S = 120.0                     # without one byte taken; noticed within twice that. A system tells its peer of room that
+                                     # was made only when it is worth it, so that some 300 bytes/s can look like none
 HEAD, REST, NEXT = "head", "rest", "next"
 
 
@@ -34,11 +35,11 @@ class Connection(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._transports = (transport, _below_tls(transport))
-        for each in self._transports:
-            each.set_write_buffer_limits(high=1, low=0)      # whatever waits is told of, not only much of it
         self._unread_clock: asyncio.TimerHandle | None = None
         self._owed: str | None = HEAD
         self._debt_clock: asyncio.TimerHandle | None = self.loop.call_later(HEADERS_S, transport.close)
+        for each in self._transports:                # whatever waits is told of, not only much of it; at once, if TLS has some
+            each.set_write_buffer_limits(high=1, low=0)
 
     def connection_lost(self, exc: Exception | None) -> None:
         for clock in (self._debt_clock, self._unread_clock):
@@ -81,6 +82,16 @@ class Connection(H11Protocol):
         # uvicorn begins to wait for the next request when an answer is out, and forgets to when a rest came after it
         return NEXT if self.timeout_keep_alive_task is None else None
 
+    def timeout_keep_alive_handler(self) -> None:
+        """uvicorn's: nothing was asked for a while. But who still reads is not idle, and closing would cut TLS off in the end."""
+        if any(each.get_write_buffer_size() for each in self._transports):
+            self._wait_for_next()
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _wait_for_next(self) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
@@ -98,6 +109,9 @@ class Connection(H11Protocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._watch_unread()
+        if self.timeout_keep_alive_task is not None:     # silence counts from here on
+            self.timeout_keep_alive_task.cancel()
+            self._wait_for_next()
 
     def _watch_unread(self) -> None:
         """Begins the clock anew if something waits. Called only when all that waited before was taken: nothing more is
@@ -133,5 +147,5 @@ def _unacknowledged(sock: Any) -> int:
     above it for minutes. 0 where the system does not tell."""
     try:
         return int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-    except OSError:
+    except (OSError, ValueError):                    # ValueError: it was closed a moment ago
         return 0

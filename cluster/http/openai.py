@@ -65,7 +65,7 @@ async def _begin(front: Front, body: dict[str, Any], tenant: str) -> Choices:
     if echo and wish.logprobs is not None:
         raise InvalidRequest("echo together with logprobs is not supported: the prompt's own log-probabilities are not kept")
     check_count(front, body, prompts)
-    said = [await front.intake.prompt_text(prompt) for prompt in prompts] if echo else [""] * len(prompts)
+    said = [await front.intake.prompt_text(prompt, tenant=tenant) for prompt in prompts] if echo else [""] * len(prompts)
     jobs = await submit(front, body, prompts, tenant, max_tokens=16, logprobs=wish.logprobs)
     echoes = [text for text in said for _ in range(len(jobs) // len(prompts))]
     return Choices(front, jobs, wish, _Text(front, echoes, wish))

@@ -34,8 +34,10 @@ def add_routes(made: Routes, front: Front) -> None:
         asks = fields.flag("add_generation_prompt", True)
         if ("prompt" in body) == ("messages" in body):
             raise InvalidRequest("send either prompt or messages")
-        prompt = await intake.chat(body["messages"], add_generation_prompt=asks) if "messages" in body else body["prompt"]
-        ids = await intake.token_ids(prompt)
+        prompt, tenant = body.get("prompt"), request.state.tenant
+        if "messages" in body:
+            prompt = await intake.chat(body["messages"], tenant=tenant, add_generation_prompt=asks)
+        ids = await intake.token_ids(prompt, tenant=tenant)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": intake.facts.max_position})
 
     @made.post("/detokenize")

@@ -9,6 +9,7 @@ renewed without a restart: new connections use the new ones.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import ssl
 from collections.abc import Callable, Mapping
@@ -46,6 +47,7 @@ class Certificates:
         self.folder, self.role = folder, role
         self._lock = Lock()
         self._seen: tuple[int, ...] = ()     # of the files that were looked at last
+        self._told: tuple[int, ...] | None = None    # of those of which the log says that they are of no use
         self._good: tuple[tuple[int, ...], tuple[bytes, bytes, bytes]] | None = None
 
     def read(self) -> tuple[bytes, bytes, bytes]:
@@ -74,7 +76,9 @@ class Certificates:
                 if self._good is None:
                     raise ConfigError(f"cluster.tls_dir: {self.role}.pem, its key and ca.pem cannot be read and used: make them "
                                       f"with `kvbank certs {self.folder}`, or copy {self.role}'s to this machine") from error
-                log.warning("certificates_unreadable role=%s", self.role)
+                if self._told != (now := self._there()):
+                    log.warning("certificates_unreadable role=%s", self.role)
+                self._told = now
             if self._good is None:
                 raise ConfigError(f"cluster.tls_dir: the certificates in {self.folder} are being written: try again")
             return self._good
@@ -90,6 +94,11 @@ class Certificates:
         """Changes with the content, whatever was done to keep the time of writing, and with what may be read by whom."""
         found = [path.stat() for path in self._paths()]
         return tuple(part for one in found for part in (one.st_mtime_ns, one.st_ctime_ns, one.st_size, one.st_ino))
+
+    def _there(self) -> tuple[int, ...]:
+        with contextlib.suppress(OSError):
+            return self._stamp()
+        return ()
 
     def _paths(self) -> tuple[Path, Path, Path]:
         return self.folder / "ca.pem", self.folder / f"{self.role}.pem", self.folder / f"{self.role}.key"

@@ -699,9 +699,9 @@ def test_too_many_prompts_are_refused_before_one_is_read(make_worker, make_serve
     read: list[object] = []
     real = Intake.prompt_text
 
-    async def prompt_text(intake: Intake, prompt: object) -> str:
+    async def prompt_text(intake: Intake, prompt: object, **named: str) -> str:
         read.append(prompt)
-        return await real(intake, prompt)
+        return await real(intake, prompt, **named)
 
     monkeypatch.setattr(Intake, "prompt_text", prompt_text)
     for prompts, status in ((["a"] * 17, 400), (["a"] * 2, 200)):

@@ -202,8 +202,9 @@ def test_who_takes_a_little_now_and_then_gets_all_of_it(large, dial, until, monk
         got += len(part)
 
 
-def test_over_tls_too_an_unread_answer_is_thrown_away_and_a_slow_reader_served(large, until, tmp_path, monkeypatch) -> None:
+def test_over_tls_too_an_unread_answer_is_thrown_away_and_a_slow_reader_served(large, tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(connection, "UNREAD_S", 1.0, raising=False)
+    monkeypatch.setattr(server, "KEEP_ALIVE_S", 3.0, raising=False)
     make_certificates(tmp_path)
     address = large(certificate=HttpsCertificate(tmp_path / "https.pem", tmp_path / "https.key"))
     trust = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
@@ -226,11 +227,20 @@ def test_over_tls_too_an_unread_answer_is_thrown_away_and_a_slow_reader_served(l
                     assert time.monotonic() < give_up, "held for ever"
                     got += len(slow.recv(4096))
                     time.sleep(0.02)
+        until = time.monotonic() + 4.0               # longer than a connection may say nothing between two requests
+        while time.monotonic() < until:
+            got += len(slow.recv(4096))
+            time.sleep(0.02)
         assert 0 < got < LARGE // 4
         while got < LARGE:
             part = slow.recv(1 << 20)
             assert part
             got += len(part)
+        while select.select([slow], [], [], 0.2)[0] or slow.pending():
+            assert slow.recv(1 << 20)                # what is around the text
+        slow.sendall(GET)
+        assert b" 200 OK" in heard(slow), "it was read slowly, and nobody closed it behind the answer"
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_stream_that_nobody_takes_ends_with_its_job(make_worker, make_server, dial, until, monkeypatch) -> None:
