@@ -81,11 +81,17 @@ def test_nothing_secret_is_in_logs_metrics_traces_and_errors_of_a_cluster_in_tro
             over = body["state"] in ("finished", "failed", "cancelled")
             return "done" if over else "decode" if body["output_tokens"] > 2 else "prefill"
 
-        httpx.post(f"{one.address}/v1/completions", json={"prompt": TEXT * 20, "max_tokens": 4}, headers=mine, timeout=60)
-        job(JOB_ID, 600)                                       # loses a lender, Redis and its worker, one after the other
+        def redis_is_missed() -> bool:
+            asked = {"prompt": TEXT * 20, "max_tokens": 4}
+            httpx.post(f"{one.address}/v1/completions", json=asked, headers=mine, timeout=60).raise_for_status()
+            return '"event": "redis_not_answering"' in (logs / "worker-0.log").read_text(errors="replace")
+
+        assert not redis_is_missed()
+        os.kill(redis.pid, signal.SIGKILL)
+        until(redis_is_missed, 60)
+        job(JOB_ID, 600)                                       # loses a lender and its worker, one after the other
         until(lambda: httpx.get(f"{one.address}/v1/status", headers=mine, timeout=60).json()["loans"], 60)
         os.kill(one.processes["lender-0"], signal.SIGKILL)
-        os.kill(redis.pid, signal.SIGKILL)
         until(lambda: state(JOB_ID) == "decode", 120)
         os.kill(one.processes["worker-0"], signal.SIGKILL)
         until(lambda: state(JOB_ID) == "done", 200)

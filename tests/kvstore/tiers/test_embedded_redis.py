@@ -68,12 +68,13 @@ def test_a_ctrl_c_while_its_thread_begins_leaves_nothing(late: bool, tmp_path: P
             raise KeyboardInterrupt
         begin(thread)
 
+    before = set(psutil.Process().children(recursive=True))
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         EmbeddedRedis(64 << 20, run_folder=tmp_path)
     deadline = time.monotonic() + 10.0
-    while children := psutil.Process().children(recursive=True):
-        assert time.monotonic() < deadline, children
+    while left := set(psutil.Process().children(recursive=True)) - before:
+        assert time.monotonic() < deadline, left
         time.sleep(0.01)
     assert not list(tmp_path.iterdir())
 
