@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -217,7 +218,10 @@ def main(build: Build = build_part) -> None:
 def started(member: Member) -> dict[str, Any]:
     """Start it and put the outcome into words that cross a process boundary."""
     try:
-        return {"address": member.start(), "pid": os.getpid()}
+        address = member.start()
+        gc.collect()
+        gc.freeze()                                              # what it began with stays: no collection walks through it again
+        return {"address": address, "pid": os.getpid()}
     except KVBankError as error:
         return {"error": error.code, "message": str(error)}
     except Exception as error:                                   # a bug, or a machine that lacks something: say which
