@@ -15,12 +15,13 @@ from pathlib import Path
 
 from kvbank.cluster.config import read_keys
 from kvbank.errors import ConfigError
+from kvbank.kvstore.transport.badge import file_stamp
 
 log = logging.getLogger(__name__)
 
 WATCH_S = 1.0                                # between two looks at a file
 
-Stamp = tuple[int, int, int, int]
+Stamp = tuple[int, ...]
 
 
 class Keyring:
@@ -91,12 +92,10 @@ class HttpsCertificate:
 
 
 def _stamp(path: Path) -> Stamp | None:
-    """Differs when the file does: a copy may keep its time, and who may read it says nothing of its content."""
     try:
-        found = path.stat()
+        return file_stamp(path)
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
 def _some(keys: Mapping[str, str], path: Path) -> Mapping[str, str]:

@@ -36,6 +36,13 @@ CALLERS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def file_stamp(path: Path) -> tuple[int, ...]:
+    """Changes with the file's content, whatever was done to keep the time of writing, and with who may read it. Raises
+    OSError."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+
+
 class Certificates:
     """One member's certificate, key and the authority that it trusts, from PEM files. Thread-safe.
 
@@ -91,9 +98,7 @@ class Certificates:
         return ca.read_bytes(), pem.read_bytes(), key.read_bytes()
 
     def _stamp(self) -> tuple[int, ...]:
-        """Changes with the content, whatever was done to keep the time of writing, and with what may be read by whom."""
-        found = [path.stat() for path in self._paths()]
-        return tuple(part for one in found for part in (one.st_mtime_ns, one.st_ctime_ns, one.st_size, one.st_ino))
+        return tuple(part for path in self._paths() for part in file_stamp(path))
 
     def _there(self) -> tuple[int, ...]:
         with contextlib.suppress(OSError):
