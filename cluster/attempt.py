@@ -42,9 +42,10 @@ class Attempt:
 
     def __init__(
         self, job: Job, lane: Lane, *, silence_s: float, grace_s: float, clock: Callable[[], float],
-        on_tokens: Callable[[int], None], on_stop: Callable[[], None], trace: str = "",
+        on_tokens: Callable[[int, float], None], on_stop: Callable[[], None], trace: str = "",
     ) -> None:
-        """on_tokens: hears how many came. on_stop: ends the job, for a stop string was seen. trace: traceparent."""
+        """on_tokens: hears how many came, and when the ones before them did (0.0: there were none). on_stop: ends the job, for
+        a stop string was seen. trace: traceparent."""
         self._job = job
         self._lane = lane
         self._silence_s, self._grace_s = silence_s, grace_s
@@ -56,7 +57,6 @@ class Attempt:
         self._outcome: asyncio.Future[Lost | None] = self._loop.create_future()
         self._heard_at = self._loop.time()
         self._receipt: jobs_pb2.Receipt | None = None
-        self._uncounted = 0                          # tokens that are taken and not told to on_tokens yet
 
     async def run(self) -> Lost | None:
         """None: the job is settled. Raises the error that ends the job, also the one it was asked to end with."""
@@ -162,7 +162,7 @@ class Attempt:
         skip = len(job.ids) - tokens.first_index
         if skip < 0:
             return False
-        now, before = self._clock(), len(job.ids)
+        now, before, had = self._clock(), job.last_token_at, len(job.ids)
         ids = array("i", tokens.ids).tolist()
         likely = _logprobs(tokens, len(ids)) if tokens.logprobs else [None] * len(ids)
         for token, logprob in zip(ids[skip:], likely[skip:], strict=True):
@@ -170,22 +170,13 @@ class Attempt:
             if job.text.stopped:
                 self._on_stop()
                 break
-        if len(job.ids) > before:
+        if len(job.ids) > had:
             job.enter("decode", now)
             told = job.progress                      # the worker says it only where tokens are slow to come
             told.state, told.waits_for, told.computed = "decode", "", told.total
-        job.announce()
-        if not self._uncounted:
-            self._loop.call_soon(self._count)        # when those who wait for the tokens have them
-        self._uncounted += len(job.ids) - before
+            job.announce()
+            self._on_tokens(len(job.ids) - had, before)
         return True
-
-    def _count(self) -> None:
-        count, self._uncounted = self._uncounted, 0
-        try:
-            self._on_tokens(count)
-        except Exception as error:                   # as in `hear`: this job's trouble alone
-            self._fail(error)
 
     def _note(self, progress: jobs_pb2.Progress) -> None:
         told = self._job.progress

@@ -73,13 +73,14 @@ async def follow(jobs: Sequence[Job], first: int = 0, *, quiet_s: float) -> Asyn
     for job in jobs:
         job.watchers.add(news)
     try:
+        if said := came():
+            yield said
         while not all(cursor.ended for cursor in cursors):
-            news.clear()
-            if not (said := came()):
+            if not news.is_set():
                 since = loop.time()
                 await news.wait()
-                said = came()
-            yield said
+            news.clear()
+            yield came()
     finally:
         timer.cancel()
         for job in jobs:

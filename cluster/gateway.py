@@ -341,9 +341,9 @@ class Gateway:
         job.progress.restart("")
         job.enter("queued", self._clock())
         with self._dispatch.lane(job, worker) as settle:
-            def on_tokens(count: int) -> None:
+            def on_tokens(count: int, before: float) -> None:
                 settle()
-                self.meters.tokens(job, count, now=self._clock())
+                self.meters.tokens(job, count, before=before)
                 for observer in self.observers:
                     observer.tokens(count)
 

@@ -1,6 +1,6 @@
 """Token ids in, text out, as early as it is certain. Imports no torch: the gateway uses it.
 
-    ids      ... already shown | context (8) | pending ............ |
+    ids      ... already shown | context (4) | pending ............ |
     text                         base        | definite      | open |
                                                                 ^ half a character, or bytes whose run has not ended
     stops    definite text        | shown now | may begin a stop string: kept back |
@@ -20,32 +20,30 @@ from tokenizers import Tokenizer
 
 from kvbank.errors import InvalidRequest
 
-CONTEXT = 8                                  # ids decoded again so that a first-token rule (strip a space) hits them
-WINDOW = 24                                  # pending ids at which the window moves on
+CONTEXT = 4                                  # ids decoded again so that a first-token rule (strip a space) hits them
+WINDOW = 8                                   # pending ids at which the window moves on
 HALF = "\ufffd"                              # how decoders show a character that is incomplete or invalid
 
 
 @dataclass(frozen=True, slots=True)
-class ByteRuns:
-    """Whether tokens like <0xE2> stand for bytes (sentencepiece models) rather than for themselves."""
+class Rules:
+    """What decoding does beyond the text of each token."""
 
-    there: bool
-    unseen: frozenset[int] = frozenset()     # special tokens: decoding leaves them out, so they do not end a run of bytes
+    unseen: frozenset[int]                   # special tokens: it leaves them out before all else
+    byte_runs: bool                          # tokens like <0xE2> stand for bytes (sentencepiece models), not for themselves
 
-
-def byte_runs(tokenizer: Tokenizer) -> ByteRuns:
-    """Of one model."""
-    decoder = tokenizer.decoder
-    if decoder is None or '"ByteFallback"' not in json.dumps(json.loads(decoder.__getstate__())):
-        return ByteRuns(False)
-    return ByteRuns(True, frozenset(token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special))
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Rules:
+        special = frozenset(token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special)
+        decoder = tokenizer.decoder
+        return cls(special, decoder is not None and '"ByteFallback"' in json.dumps(json.loads(decoder.__getstate__())))
 
 
 class TextStream:
     """The text of one answer while its tokens arrive. Raises InvalidRequest for an empty stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, runs: ByteRuns | None = None) -> None:
-        """runs: `byte_runs` of the tokenizer, for who opens many."""
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, rules: Rules | None = None) -> None:
+        """rules: of the tokenizer, for who opens many."""
         if any(not text for text in stop):
             raise InvalidRequest("a stop string is empty; leave it out")
         self._tokenizer = tokenizer
@@ -53,21 +51,16 @@ class TextStream:
         self._window: list[int] = []         # context and pending ids
         self._shown = 0                      # characters of the window's text that were already taken
         self._held = ""                      # definite text that may begin a stop string
-        self._parts: list[str] = []
-        self._runs = runs or byte_runs(tokenizer)
+        self._rules = rules or Rules.of(tokenizer)
         self.stopped = False                 # a stop string was found; what follows it is ignored
-
-    @property
-    def text(self) -> str:
-        """All deltas so far, joined."""
-        return "".join(self._parts)
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that became certain with these ids and is safe to show; often shorter or longer than theirs."""
-        if self.stopped or not token_ids:
+        seen = [token for token in token_ids if token not in self._rules.unseen]
+        if self.stopped or not seen:
             return ""
-        self._window.extend(token_ids)
-        if self._runs.there and self._ends_in_byte_run():
+        self._window += seen
+        if self._rules.byte_runs and self._ends_in_byte_run():
             return ""                        # one invalid byte would turn the whole run into U+FFFD
         text = self._tokenizer.decode(self._window)
         # An incomplete character is shown as exactly one U+FFFD; all before it can no longer change.
@@ -85,13 +78,13 @@ class TextStream:
         self._shown += len(rest)
         delta = self._show(rest)
         if not self.stopped:
-            delta += self._held
-            self._parts.append(self._held)
-            self._held = ""
+            delta, self._held = delta + self._held, ""
         return delta
 
     def _show(self, definite: str) -> str:
         """Adds definite text; returns the part in front of a stop string, or of what may become one."""
+        if not self._stops:
+            return definite
         text = self._held + definite
         found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         if found:
@@ -100,7 +93,6 @@ class TextStream:
         else:
             keep = max((_overlap(text, stop) for stop in self._stops), default=0)
             text, self._held = text[: len(text) - keep], text[len(text) - keep :]
-        self._parts.append(text)
         return text
 
     def _move_on(self, open_characters: int) -> None:
@@ -112,7 +104,7 @@ class TextStream:
 
     def _ends_in_byte_run(self) -> bool:
         for token in reversed(self._window):
-            if token not in self._runs.unseen and (piece := self._tokenizer.id_to_token(token)) is not None:
+            if (piece := self._tokenizer.id_to_token(token)) is not None:        # there may be ids without a token
                 return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
         return False
 

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from kvbank.cluster.fields import Fields
 from kvbank.cluster.follow import END, Piece, follow
 from kvbank.cluster.http.app import Front, error_body
-from kvbank.cluster.http.events import DONE, KEEP_ALIVE, EventStream, event, unless_left
+from kvbank.cluster.http.events import DONE, KEEP_ALIVE, EventStream, Form, event, unless_left
 from kvbank.cluster.intake import SEEDS, SPEC_FIELDS, JobSpec
 from kvbank.cluster.job import Job
 from kvbank.errors import InvalidRequest, NotFound
@@ -137,6 +137,7 @@ class Choices:
     def __init__(self, front: Front, jobs: list[Job], wish: Wish, shape: Shape) -> None:
         self.wish = wish
         self._front, self._jobs, self._shape = front, jobs, shape
+        self._forms: dict[int, Form] = {}            # by choice: of its chunks between the first and the last
         for job in jobs:
             job.readers += 1
 
@@ -193,11 +194,20 @@ class Choices:
 
     def _piece(self, number: int, piece: Piece) -> bytes:
         job = self._jobs[number]
-        more = {"kvbank": self._extra([job])} if piece is END else {}
-        return self._chunk(self._shape.delta(number, job, piece), piece.token_ids, **more)
+        if piece is END:
+            return self._chunk(self._shape.delta(number, job, piece), [], kvbank=self._extra([job]))
+        if self.wish.logprobs is not None:
+            return self._chunk(self._shape.delta(number, job, piece), piece.token_ids)
+        if (form := self._forms.get(number)) is None:
+            form = self._forms[number] = Form(
+                lambda text, ids: self._chunk_data(self._shape.delta(number, job, Piece(0, ids, text)), ids))
+        return form.filled(piece.text, piece.token_ids)
 
     def _chunk(self, choice: dict[str, Any], ids: list[int], **more: Any) -> bytes:
-        return event({**self._head(self._shape.chunk), "choices": [self._with_ids(choice, ids)], **more})
+        return event(self._chunk_data(choice, ids, **more))
+
+    def _chunk_data(self, choice: dict[str, Any], ids: list[int], **more: Any) -> dict[str, Any]:
+        return {**self._head(self._shape.chunk), "choices": [self._with_ids(choice, ids)], **more}
 
     def _head(self, kind: str) -> dict[str, Any]:
         first = self._jobs[0]

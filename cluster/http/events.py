@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -21,6 +22,22 @@ def event(data: Any, *, name: str | None = None, number: int | None = None) -> b
     if number is not None:
         head += f"id: {number}\n"
     return f"{head}data: {_ENCODER.encode(data)}\n\n".encode()
+
+
+class Form:
+    """An event of which a text and token ids differ from time to time: all else is written once."""
+
+    def __init__(self, data: Callable[[str, list[int]], Any]) -> None:
+        """data: of the event with this text and, somewhere after it, these ids; it may leave the ids out."""
+        mark, number = secrets.token_hex(16), secrets.randbits(62)
+        self._begin, rest = event(data(mark, [number])).split(f'"{mark}"'.encode())
+        self._between, *end = rest.split(str(number).encode())
+        self._end = end[0] if end else None
+
+    def filled(self, text: str, ids: list[int]) -> bytes:
+        """As `event` would write it."""
+        told = self._begin + _ENCODER.encode(text).encode() + self._between
+        return told if self._end is None else told + ",".join(map(str, ids)).encode() + self._end
 
 
 class EventStream(Response):

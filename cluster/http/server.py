@@ -99,8 +99,8 @@ class GatewaySettings:
 
 def build_gateway(settings: GatewaySettings) -> GatewayServer:
     """A gateway for a cluster whose control plane is up. Raises ModelError or ConfigError before it starts anything."""
+    from kvbank.workers.detokenizer import Rules
     from kvbank.workers.detokenizer import TextStream as Detokenizer
-    from kvbank.workers.detokenizer import byte_runs
     from kvbank.workers.models.chat_template import load_chat_template
     from kvbank.workers.models.config_reader import read_config
     from kvbank.workers.models.tokenizer import encode, load_tokenizer
@@ -118,10 +118,10 @@ def build_gateway(settings: GatewaySettings) -> GatewayServer:
         max_position=config.max_position,
     )
 
-    runs = byte_runs(tokenizer)
+    rules = Rules.of(tokenizer)
 
     def open_text(stop: tuple[str, ...]) -> TextStream:
-        return Detokenizer(tokenizer, stop, runs=runs)
+        return Detokenizer(tokenizer, stop, rules=rules)
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode_batch([ids], skip_special_tokens=False)[0])      # other threads run meanwhile

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -49,7 +49,7 @@ def ops_routes(front: Front, doorman: Doorman) -> Routes:
         if front.status is not None:
             gateway = front.gateway
             gateway.meters.observe(live=gateway.live, waiting=gateway.waiting, status=await front.status())
-        return Response(generate_latest(front.gateway.meters.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(front.gateway.meters.page(), media_type=CONTENT_TYPE_LATEST)
 
     @made.get("/v1/ops/session")
     async def session(request: Request) -> Response:

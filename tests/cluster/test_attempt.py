@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Callable
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kvbank.cluster.attempt import Attempt, Lost
-from kvbank.cluster.follow import follow
 from kvbank.cluster.http.jobs import job_body
 from kvbank.cluster.intake import JobSpec
 from kvbank.cluster.job import Job
@@ -48,9 +48,9 @@ def new_job() -> Job:
     return Job(id="a", wire_id="a", spec=spec, text=text, seed=1, age=1.0, created=0.0, started_at=0.0)
 
 
-def begin(line: SubmitLine, job: Job, *, on_tokens: Callable[[int], object] = lambda count: None,
+def begin(line: SubmitLine, job: Job, *, on_tokens: Callable[[int, float], object] = lambda count, before: None,
           silence_s: float = 30.0, grace_s: float = 30.0) -> tuple[Attempt, asyncio.Task[Lost | None]]:
-    attempt = Attempt(job, line.lane(), silence_s=silence_s, grace_s=grace_s, clock=lambda: 1.0, on_tokens=on_tokens,
+    attempt = Attempt(job, line.lane(), silence_s=silence_s, grace_s=grace_s, clock=count(1.0).__next__, on_tokens=on_tokens,
                       on_stop=lambda: None)
     return attempt, asyncio.create_task(attempt.run())
 
@@ -67,7 +67,7 @@ def token(lane: int, index: int, ids: bytes = bytes(4)) -> pb.SubmitReply:
 
 @pytest.mark.parametrize("trouble", [StopIteration, ValueError])
 def test_a_reply_that_cannot_be_taken_in_ends_its_job_and_no_other(trouble: type[Exception]) -> None:
-    def fail(_count: int) -> None:
+    def fail(_count: int, _before: float) -> None:
         raise trouble
 
     async def play() -> None:
@@ -87,38 +87,32 @@ def test_a_reply_that_cannot_be_taken_in_ends_its_job_and_no_other(trouble: type
     asyncio.run(play())
 
 
-def test_tokens_are_with_their_reader_before_they_are_counted_and_all_are_counted() -> None:
+def test_all_tokens_are_counted_with_the_time_of_those_before_them() -> None:
     async def play() -> None:
-        line, job, happened = SubmitLine(call := Call(), channel=None), new_job(), []
-        attempt, running = begin(line, job, on_tokens=lambda count: happened.append(("counted", count)))
-
-        async def read() -> None:
-            async for said in follow([job], quiet_s=60.0):
-                happened.extend(("read", piece.token_ids) for _, piece in said)
-
-        reader = asyncio.create_task(read())
+        line, job, counted = SubmitLine(call := Call(), channel=None), new_job(), []
+        attempt, running = begin(line, job, on_tokens=lambda count, before: counted.append((count, job.last_token_at, before)))
         await asyncio.sleep(0)
-        call.answer(token(1, 0), token(1, 1))        # an answer that is longer than a reply
-        await job_has(job, 2)
-        call.answer(token(1, 2), pb.SubmitReply(lane=1, done=DONE))
+        call.answer(token(1, 0, bytes(8)), token(1, 1), token(1, 1, bytes(8)), pb.SubmitReply(lane=1, done=DONE))
         assert await running is None and attempt._watch.cancelled()
-        assert happened == [("read", [0, 0]), ("counted", 2), ("read", [0]), ("counted", 1)]
-        reader.cancel()
+        (first, at, none), (last, later, before) = counted      # of the second reply, a repeat, nothing
+        assert (first, none, last) == (2, 0.0, 1) and 0.0 < at == before < later
         line.close()
 
     asyncio.run(play())
 
 
-def test_a_count_that_fails_after_the_last_word_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    def fail(_count: int) -> None:
-        raise ValueError("no such counter")
-
+def test_what_fails_after_the_lane_was_lost_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     async def play() -> None:
         line, job = SubmitLine(call := Call(), channel=None), new_job()
-        _, running = begin(line, job, on_tokens=fail)
+
+        def fail(_count: int, _before: float) -> None:
+            attempt.lane_lost("gone")
+            raise ValueError("no such counter")
+
+        attempt, running = begin(line, job, on_tokens=fail)
         await asyncio.sleep(0)
-        call.answer(token(1, 0), pb.SubmitReply(lane=1, done=DONE))
-        assert await running is None and job.ids == [0] and job.finish_reason == "length"
+        call.answer(token(1, 0))
+        assert await running == Lost("gone") and job.ids == [0]
         line.close()
 
     asyncio.run(play())

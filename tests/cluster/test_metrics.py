@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvbank.cluster.census import Census
 from kvbank.cluster.families import ALL, BEGIN, COUNTER, MAX_TENANTS, OTHER, Names, page
-from kvbank.cluster.meters import Meters
+from kvbank.cluster.meters import NOTES, Meters
 from kvbank.kvstore.logged_errors import OF_THIS_PROCESS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -115,7 +116,7 @@ def test_a_scrape_costs_no_more_however_many_tenants_there_are() -> None:
     meters = Meters(model="m")
     for n in range(10 * MAX_TENANTS):
         meters.admitted(f"tenant-{n}")
-    found = samples(generate_latest(meters.registry).decode())
+    found = samples(meters.page().decode())
     series = {key: value for key, value in found.items() if key[0] == "kvbank_jobs_admitted_total"}
     assert len(series) == MAX_TENANTS + 1 and series["kvbank_jobs_admitted_total", "m", OTHER] == 9 * MAX_TENANTS
 
@@ -131,6 +132,18 @@ def test_refusals_and_times_between_tokens_are_counted_at_the_gateway(make_worke
     # Tokens may arrive together; all but those of the first arrival have a time since the one before.
     assert 0 <= found["kvbank_inter_token_seconds_count", ""] <= 4
     assert found["kvbank_output_tokens_total", "", "default"] == 5
+
+
+def test_tokens_that_are_only_noted_are_never_many_and_all_on_the_page() -> None:
+    meters, job = Meters(model="m"), SimpleNamespace(spec=SimpleNamespace(tenant="t"), started_at=1.0, first_token_at=2.0)
+    for n in range(10 * NOTES):
+        job.last_token_at = 2.0 + n
+        meters.tokens(job, 3, before=job.last_token_at - 0.3 if n else 0.0)
+        assert len(meters._notes) < NOTES
+    found = samples(meters.page().decode())
+    assert found["kvbank_output_tokens_total", "m", "t"] == 30 * NOTES and found["kvbank_ttft_seconds_sum", "m"] == 1.0
+    assert found["kvbank_inter_token_seconds_count", "m"] == 30 * NOTES - 3
+    assert found["kvbank_inter_token_seconds_sum", "m"] == pytest.approx(0.3 * (10 * NOTES - 1))
 
 
 def test_names_follow_the_conventions_and_are_listed_once() -> None:
@@ -152,6 +165,6 @@ def test_promtool_has_nothing_to_say_against_a_page_with_every_kind_of_metric() 
     meters.observe(live=1, waiting=0, status={"loans": [], "workers": [
         worker(counters={said: 1.0 for f in ALL.values() for said, _ in f.told if "*" not in said},
                tiers=[tier(**{said: 1 for f in ALL.values() for said, _ in f.told if "*" not in said})])]})
-    checked = subprocess.run([promtool, "check", "metrics"], input=generate_latest(meters.registry), capture_output=True,
+    checked = subprocess.run([promtool, "check", "metrics"], input=meters.page(), capture_output=True,
                              timeout=30)
     assert checked.returncode == 0 and not checked.stdout + checked.stderr, (checked.stdout + checked.stderr).decode()
