@@ -176,7 +176,9 @@ class Choices:
             if (opening := self._shape.opening(number)) is not None:
                 yield self._chunk(opening, [])
         silent = not self.wish.ids and self.wish.logprobs is None        # of tokens that release no text
-        async with aclosing(follow(self._jobs, quiet_s=self._front.limits.quiet_s)) as steps:
+        quiet_s, clock = self._front.limits.quiet_s, asyncio.get_running_loop().time
+        said_at = clock()
+        async with aclosing(follow(self._jobs, quiet_s=quiet_s)) as steps:
             async for said in steps:
                 parts: list[bytes] = []
                 for number, piece in said:
@@ -186,7 +188,8 @@ class Choices:
                         return
                     if piece is END or piece.text or not silent:
                         parts.append(self._piece(number, piece))
-                if parts or not said:
+                if parts or not said or clock() >= said_at + quiet_s:
+                    said_at = clock()
                     yield b"".join(parts) or KEEP_ALIVE
         if self.wish.usage:
             yield event({**self._head(self._shape.chunk), "choices": [], "usage": self._usage()})

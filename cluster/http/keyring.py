@@ -66,7 +66,7 @@ class HttpsCertificate:
         self._files = (certificate, key)
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._stamp = self._stamps()
+        self._stamp = self._told = self._stamps()
         try:
             self.context.load_cert_chain(*self._files, password="")
         except (OSError, ssl.SSLError) as error:
@@ -83,7 +83,9 @@ class HttpsCertificate:
             self.context.load_cert_chain(*self._files, password="")
             log.info("https_certificate_renewed")
         except (OSError, ssl.SSLError):
-            log.warning("https_certificate_unreadable")
+            if stamp != self._told:
+                log.warning("https_certificate_unreadable")
+            self._told = stamp                       # as of keys
             return
         self._stamp = stamp
 

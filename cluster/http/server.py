@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from starlette.responses import JSONResponse
 
 from kvbank.cluster.capacity import Capacity
 from kvbank.cluster.gateway import Gateway, GatewayLimits
-from kvbank.cluster.http.app import Front, HttpLimits, build_app, error_body
+from kvbank.cluster.http.app import Front, HttpLimits, build_app
+from kvbank.cluster.http.bounds import HEADER_BYTES, Bounds
 from kvbank.cluster.http.connection import Connection
 from kvbank.cluster.http.doors import LOOPBACK
 from kvbank.cluster.http.keyring import WATCH_S, HttpsCertificate, Keyring
@@ -33,7 +33,7 @@ from kvbank.cluster.roster import Roster
 from kvbank.cluster.settings_check import is_loopback
 from kvbank.cluster.survey import Survey
 from kvbank.cluster.traced import TracedJobs
-from kvbank.errors import ConfigError, InvalidRequest
+from kvbank.errors import ConfigError
 from kvbank.kvstore.hashing import block_keys, root_key
 from kvbank.kvstore.layout import Layout
 from kvbank.kvstore.traces import open_traces
@@ -42,9 +42,7 @@ from kvbank.kvstore.transport.badge import Badge
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 30                    # a connection may be silent between two requests
-HEADER_BYTES = 32 << 10              # of one request; an endless head is hung up on, a long one answered 431
-HEADERS = 100
-MAX_CONNECTIONS = 2048
+MAX_CONNECTIONS = 2048               # so many are refused
 KEY_SPACES = 1024                    # tenants and salts whose root key is remembered
 
 
@@ -247,15 +245,19 @@ class GatewayServer:
         finally:
             self._ready.set()
 
+    def _connections(self) -> int:
+        return len(self._server.server_state.connections) if self._server is not None else 0
+
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         assembly: Assembly = await self._assemble()
         self.gateway = assembly.front.gateway
-        app = _HeadLimit(build_app(assembly.front), refused=self.gateway.meters.refused)
+        app = Bounds(build_app(assembly.front), connections=self._connections, limit=MAX_CONNECTIONS,
+                     refused=self.gateway.meters.refused)
         config = uvicorn.Config(
             app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
             server_header=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=1,
-            limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=HEADER_BYTES,
+            h11_max_incomplete_event_size=HEADER_BYTES,
         )
         config.load()
         renewing = None
@@ -317,27 +319,3 @@ class _Uvicorn(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         self._up.set()
-
-
-class HeadTooLarge(InvalidRequest):
-    """A request has too many headers, or too long ones."""
-
-    http_status = 431
-
-
-class _HeadLimit:
-    """Refuses long heads before anything looks into them. The parser alone bounds only those that come in pieces."""
-
-    def __init__(self, app: Any, *, refused: Callable[[str], None]) -> None:
-        self._app, self._refused = app, refused
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            headers = scope["headers"]
-            size = sum(len(name) + len(value) for name, value in headers) + len(scope["raw_path"]) + len(scope["query_string"])
-            if len(headers) > HEADERS or size > HEADER_BYTES:
-                error = HeadTooLarge(f"a request may have {HEADERS} headers and {HEADER_BYTES} bytes of them and its address")
-                self._refused(error.code)
-                await JSONResponse(error_body(error), status_code=error.http_status)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)

@@ -1,13 +1,18 @@
-"""A chunk of which only text and ids were filled in is, byte for byte, the one that would be written whole."""
+"""Chunks of a stream: filled in as they would be written whole, and a comment where nothing is to be said for long."""
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbank.cluster.http.events import Form, event
+from kvbank.cluster.http.choices import Choices, Wish
+from kvbank.cluster.http.events import KEEP_ALIVE, Form, event
+from kvbank.cluster.intake import JobSpec
+from kvbank.cluster.job import Job
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -20,3 +25,25 @@ def test_a_filled_form_is_the_whole_event(text: str, ids: list[int], name: str, 
 
     form = Form(data)
     assert form.filled(text, ids) == event(data(text, ids)) == form.filled(text, ids)
+
+
+def test_a_stream_whose_tokens_release_no_text_is_kept_alive() -> None:
+    async def play() -> None:
+        text: Any = SimpleNamespace(stopped=False, push=lambda ids: "", finish=lambda: "")
+        job = Job(id="a", wire_id="a", spec=JobSpec(tenant="t", prompt=b""), text=text, seed=1, age=1.0, created=0.0,
+                  started_at=0.0)
+        front: Any = SimpleNamespace(limits=SimpleNamespace(quiet_s=0.05), gateway=None)
+        shape: Any = SimpleNamespace(opening=lambda number: None)
+
+        async def decode() -> None:
+            while True:                              # much faster than a quiet time
+                job.take(1, 1.0)
+                job.announce()
+                await asyncio.sleep(0.001)
+
+        decoding = asyncio.create_task(decode())
+        async with asyncio.timeout(20):
+            assert await anext(Choices(front, [job], Wish(prompts=1, stream=True), shape).events()) == KEEP_ALIVE
+        decoding.cancel()
+
+    asyncio.run(play())

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from kvbank.cluster.certs import make_certificates
 from kvbank.cluster.http import keyring
-from kvbank.cluster.http.keyring import WATCH_S, Keyring
+from kvbank.cluster.http.keyring import WATCH_S, HttpsCertificate, Keyring
 from kvbank.errors import ConfigError
 
 
@@ -71,3 +72,15 @@ def test_a_file_of_no_use_changes_nothing_until_it_is_mended(ring: Ring, text: s
     assert ring.look() == ["old"]
     ring.write("new: alice\n")
     assert ring.look() == ["new"]
+
+
+def test_a_certificate_of_no_use_is_told_once_and_the_old_one_serves_until_it_is_mended(tmp_path: Path, caplog) -> None:
+    make_certificates(tmp_path)
+    pem, key = tmp_path / "https.pem", tmp_path / "https.key"
+    certificate, sound = HttpsCertificate(pem, key), pem.read_bytes()
+    with caplog.at_level(logging.INFO):
+        for written in (sound[:100], sound):
+            pem.write_bytes(written)
+            for _ in range(3):
+                certificate.renew()
+    assert [record.message for record in caplog.records] == ["https_certificate_unreadable", "https_certificate_renewed"]

@@ -144,6 +144,15 @@ def test_who_says_nothing_between_two_requests_is_not_hurried(make_worker, make_
     assert heard(uploading, until=b"}")
 
 
+@pytest.mark.parametrize("sent", [b"hello\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
+                                  b"\x16\x03\x01\x02" * 20 + b"\r\n\r\n"])
+def test_what_is_no_http_is_answered_as_other_mistakes_are(make_worker, make_server, dial, sent) -> None:
+    sock = dial(make_server(make_worker("worker-0")).address, sent)
+    head, _, body = heard(sock, until=b"}}").partition(b"\r\n\r\n")
+    assert b" 400 " in head and b"application/json" in head and sock.recv(1) == b""
+    assert json.loads(body)["error"]["code"] == "invalid_request"
+
+
 def test_strangers_do_not_lock_everybody_out(make_worker, make_server, dial, until, monkeypatch) -> None:
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 24)
     monkeypatch.setattr(connection, "HEADERS_S", 0.5)
@@ -157,7 +166,9 @@ def test_strangers_do_not_lock_everybody_out(make_worker, make_server, dial, unt
     held += [dial(address, GET) for _ in range(3)]
     for sock in held[-3:]:
         assert b" 200 " in heard(sock)
-    assert httpx.get(f"{address}/health").status_code == 503
+    full = httpx.get(f"{address}/health")
+    assert full.status_code == 503 and full.json()["error"]["code"] == "overloaded"
+    assert full.headers["retry-after"] == "1" and full.headers["connection"] == "close"
     until(lambda: httpx.get(f"{address}/health").status_code == 200, within_s=10)
 
 
