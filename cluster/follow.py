@@ -54,7 +54,7 @@ async def follow(jobs: Sequence[Job], first: int = 0, *, quiet_s: float) -> Asyn
     passed or only progress changed."""
     cursors, news = [Cursor(job, first) for job in jobs], asyncio.Event()
     loop = asyncio.get_running_loop()
-    since = loop.time()                              # when it began to wait
+    since: float | None = None                       # when it began to wait, if it waits
 
     def came() -> list[tuple[int, Piece]]:
         return [(number, piece) for number, cursor in enumerate(cursors) for piece in cursor.take()]
@@ -64,7 +64,8 @@ async def follow(jobs: Sequence[Job], first: int = 0, *, quiet_s: float) -> Asyn
     def look() -> None:
         """Now and then: a timer for each wait costs more than the waits."""
         nonlocal timer
-        if (left := since + quiet_s - loop.time()) <= 0:
+        left = quiet_s if since is None else since + quiet_s - loop.time()
+        if left <= 0:
             news.set()
             left = quiet_s
         timer = loop.call_later(left, look)
@@ -79,6 +80,7 @@ async def follow(jobs: Sequence[Job], first: int = 0, *, quiet_s: float) -> Asyn
             if not news.is_set():
                 since = loop.time()
                 await news.wait()
+                since = None
             news.clear()
             yield came()
     finally:

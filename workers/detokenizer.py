@@ -1,6 +1,6 @@
 """Token ids in, text out, as early as it is certain. Imports no torch: the gateway uses it.
 
-    ids      ... already shown | context (4) | pending ............ |
+    ids      ... already shown | context (8) | pending ............ |
     text                         base        | definite      | open |
                                                                 ^ half a character, or bytes whose run has not ended
     stops    definite text        | shown now | may begin a stop string: kept back |
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from kvbank.errors import InvalidRequest
 
-CONTEXT = 4                                  # ids decoded again so that a first-token rule (strip a space) hits them
+CONTEXT = 8                                  # ids decoded again so that a first-token rule (strip a space) hits them
 WINDOW = 8                                   # pending ids at which the window moves on
 HALF = "\ufffd"                              # how decoders show a character that is incomplete or invalid
 
@@ -29,14 +29,15 @@ HALF = "\ufffd"                              # how decoders show a character tha
 class Rules:
     """What decoding does beyond the text of each token."""
 
-    unseen: frozenset[int]                   # special tokens: it leaves them out before all else
+    shown: frozenset[int]                    # all but special ones: these, and ids of no token, it leaves out before all else
     byte_runs: bool                          # tokens like <0xE2> stand for bytes (sentencepiece models), not for themselves
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Rules:
-        special = frozenset(token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special)
+        special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
         decoder = tokenizer.decoder
-        return cls(special, decoder is not None and '"ByteFallback"' in json.dumps(json.loads(decoder.__getstate__())))
+        return cls(frozenset(tokenizer.get_vocab().values()) - special,
+                   decoder is not None and '"ByteFallback"' in json.dumps(json.loads(decoder.__getstate__())))
 
 
 class TextStream:
@@ -56,7 +57,7 @@ class TextStream:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that became certain with these ids and is safe to show; often shorter or longer than theirs."""
-        seen = [token for token in token_ids if token not in self._rules.unseen]
+        seen = [token for token in token_ids if token in self._rules.shown]
         if self.stopped or not seen:
             return ""
         self._window += seen
@@ -103,10 +104,8 @@ class TextStream:
             self._window, self._shown = context, len(base) - open_characters
 
     def _ends_in_byte_run(self) -> bool:
-        for token in reversed(self._window):
-            if (piece := self._tokenizer.id_to_token(token)) is not None:        # there may be ids without a token
-                return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
-        return False
+        piece = self._tokenizer.id_to_token(self._window[-1]) or ""
+        return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -101,22 +101,23 @@ def test_all_tokens_are_counted_with_the_time_of_those_before_them() -> None:
     asyncio.run(play())
 
 
-def test_what_fails_after_the_lane_was_lost_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_panic_of_a_library_ends_the_line_and_leaves_nobody_waiting(caplog: pytest.LogCaptureFixture) -> None:
+    class Panic(BaseException):
+        """As those of libraries in Rust are."""
+
     async def play() -> None:
-        line, job = SubmitLine(call := Call(), channel=None), new_job()
-
         def fail(_count: int, _before: float) -> None:
-            attempt.lane_lost("gone")
-            raise ValueError("no such counter")
+            raise Panic
 
-        attempt, running = begin(line, job, on_tokens=fail)
+        line = SubmitLine(call := Call(), channel=None)
+        (_, odd), (_, other) = begin(line, new_job(), on_tokens=fail), begin(line, new_job())
         await asyncio.sleep(0)
         call.answer(token(1, 0))
-        assert await running == Lost("gone") and job.ids == [0]
-        line.close()
+        async with asyncio.timeout(20):
+            assert await odd == Lost("bad_message") == await other and line.over
 
     asyncio.run(play())
-    assert "job_reply_not_taken_in" in caplog.text and "no such counter" in caplog.text
+    assert "submit_line_failed" in caplog.text
 
 
 def test_silence_is_counted_from_the_last_word() -> None:

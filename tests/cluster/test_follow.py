@@ -91,3 +91,18 @@ def test_a_quiet_time_and_a_change_without_tokens_are_told_as_nothing() -> None:
         assert not job.watchers
 
     asyncio.run(read())
+
+
+def test_a_reader_that_is_busy_is_not_told_that_it_is_quiet() -> None:
+    async def read() -> list[int]:
+        job, told, loop = new_job(), [], asyncio.get_running_loop()
+        loop.call_soon(say_next, job)
+        async for said in follow([job], quiet_s=0.02):
+            told.append(len(said))
+            if len(told) == 3:
+                break
+            await asyncio.sleep(0.1)                 # longer than a quiet time
+            loop.call_soon(say_next, job)
+        return told
+
+    assert asyncio.run(asyncio.wait_for(read(), 10)) == [1, 1, 1]

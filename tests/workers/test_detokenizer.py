@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from kvbank.errors import InvalidRequest
-from kvbank.workers.detokenizer import TextStream
+from kvbank.workers.detokenizer import CONTEXT, WINDOW, TextStream
 from kvbank.workers.models.random_model import END, byte_level_tokenizer
 
+BYTE_ZERO = {"byte-level": 0, "llama2": 3, "metaspace": 3}       # id of the token of byte 0
 PIECES = ["▁", "▁▁", "▁the", "▁a", "b", "ab", "abc", "c", "日", "é", ".", "<0x", "▁<"]
 
 
@@ -50,7 +51,10 @@ def answers(draw: st.DrawFn) -> tuple[str, list[list[int]], list[str]]:
     tokenizer = TOKENIZERS[name]
     size = tokenizer.get_vocab_size()
     token = st.one_of(st.integers(0, size + 3), st.integers(128, min(size - 1, 280)), st.integers(size - 14, size - 1))
-    ids = draw(st.lists(token, max_size=120))
+    zero = BYTE_ZERO[name]
+    character = st.characters(exclude_categories=["Cs"]).map(lambda one: [zero + byte for byte in one.encode()])
+    parts = st.one_of(token.map(lambda one: [one]), token.map(lambda one: [one]), character, st.just([size + 2] * 2))
+    ids = [token for part in draw(st.lists(parts, max_size=100)) for token in part]
     pushes: list[list[int]] = []
     rest = ids
     while rest:
@@ -121,6 +125,26 @@ def test_special_tokens_show_nothing() -> None:
     stream = TextStream(tokenizer)
     assert stream.push([tokenizer.token_to_id(END)] * 50 + list(b"x")) == "x"
     assert len(stream._window) == 1, "nor are they decoded again and again"
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+@pytest.mark.parametrize("character", "é日😀")
+def test_a_character_in_bytes_is_whole_wherever_it_stands_and_whatever_shows_nothing_within_it(name, character) -> None:
+    tokenizer, zero = TOKENIZERS[name], BYTE_ZERO[name]
+    *begin, last = [zero + byte for byte in character.encode()]
+    for before in range(3 * (CONTEXT + WINDOW)):
+        for nothing in ([], [tokenizer.get_vocab_size() + 2] * 2, [tokenizer.get_vocab_size() + 2] * 9):
+            ids = [zero + ord("a")] * before + begin + nothing + [last, zero + ord("b")]
+            assert joined(TextStream(tokenizer), [[token] for token in ids]) == "a" * before + character + "b"
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_few_ids_are_decoded_again_however_long_the_answer(name) -> None:
+    tokenizer, stream = TOKENIZERS[name], TextStream(TOKENIZERS[name])
+    for _ in range(1000):
+        stream.push([tokenizer.get_vocab_size() + 1])        # of no token: models may have more rows than there are tokens
+        stream.push([tokenizer.token_to_id("b")])
+        assert len(stream._window) <= CONTEXT + WINDOW
 
 
 def test_a_space_after_many_special_tokens_is_not_taken_for_the_first_one() -> None:
