@@ -98,9 +98,16 @@ class Attempt:
         self._heard_at = self._loop.time()
         try:
             self._heard(reply)
-        except StopIteration as error:               # no future takes one
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """The gateway logs what is no error of ours, and counts it with the job."""
+        if self._outcome.done():
+            log.error("job_reply_not_taken_in job=%s", self._job.wire_id, exc_info=error)
+        elif isinstance(error, StopIteration):       # no future takes one
             self._outcome.set_exception(RuntimeError(f"a reply could not be taken in: {error!r}"))
-        except Exception as error:                   # the gateway logs what is no error of ours, and counts it with the job
+        else:
             self._outcome.set_exception(error)
 
     def lane_lost(self, reason: str) -> None:

@@ -26,9 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
     try:
-        status = int(args.run(args))
-        sys.stdout.flush()                           # what cannot be written shows here
-        return status
+        return int(args.run(args))
     except KVBankError as error:
         if args.json:
             print_json({"error": {"code": error.code, "message": str(error)}})
@@ -37,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError):   # whoever read our output has seen enough
-            print(f"kvbank: {error}", file=sys.stderr)
+    except BrokenPipeError:                          # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

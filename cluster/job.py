@@ -130,14 +130,15 @@ class Job:
         return "cancelled" if self.error.code == "cancelled" else "failed"
 
     def take(self, token: int, now: float, logprob: Logprob | None = None) -> None:
-        """Accept the next token of the output."""
+        """Accept the next token of the output, or nothing of it."""
+        text = self.text.push([token])
         if not self.ids:
             self.first_token_at = now
         self.last_token_at = now
         self.ids.append(token)
         if self.spec.logprobs is not None:
             self.logprobs.append(logprob)
-        self.texts.append(self.text.push([token]))
+        self.texts.append(text)
 
     def enter(self, phase: str, now: float, note: str = "") -> None:
         """Note in the timeline what it does now; work that was done before is replay."""

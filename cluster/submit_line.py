@@ -140,8 +140,8 @@ class SubmitLine:
             lost = error.code().name.lower()
         except asyncio.CancelledError:               # the call was cancelled, or this task: the line is over either way
             lost = "call_cancelled"
-        except BaseException:                        # without its reader the line would be silent for ever; a library's panic is
-            log.exception("submit_line_failed")      # no Exception
+        except Exception:                            # without its reader the line would be silent for ever
+            log.exception("submit_line_failed")
             lost = "bad_message"
         self._end(lost)
 

@@ -53,10 +53,6 @@ class Turns:
         except asyncio.CancelledError:
             if not turn.cancelled():                 # it was our turn, just now
                 self._pass_on()
-            elif turn in mine:
-                mine.remove(turn)
-                if not mine:
-                    del self._queues[tenant]
             raise
 
     def _pass_on(self) -> None:

@@ -29,15 +29,14 @@ HALF = "\ufffd"                              # how decoders show a character tha
 class Rules:
     """What decoding does beyond the text of each token."""
 
-    shown: frozenset[int]                    # all but special ones: these, and ids of no token, it leaves out before all else
+    special: frozenset[int]                  # tokens that it leaves out before all else, as ids of no token
     byte_runs: bool                          # tokens like <0xE2> stand for bytes (sentencepiece models), not for themselves
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Rules:
-        special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+        special = frozenset(token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special)
         decoder = tokenizer.decoder
-        return cls(frozenset(tokenizer.get_vocab().values()) - special,
-                   decoder is not None and '"ByteFallback"' in json.dumps(json.loads(decoder.__getstate__())))
+        return cls(special, decoder is not None and '"ByteFallback"' in json.dumps(json.loads(decoder.__getstate__())))
 
 
 class TextStream:
@@ -57,13 +56,14 @@ class TextStream:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that became certain with these ids and is safe to show; often shorter or longer than theirs."""
-        seen = [token for token in token_ids if token in self._rules.shown]
+        special, piece = self._rules.special, self._tokenizer.id_to_token
+        seen = [token for token in token_ids if token not in special and piece(token) is not None]
         if self.stopped or not seen:
             return ""
         self._window += seen
         if self._rules.byte_runs and self._ends_in_byte_run():
             return ""                        # one invalid byte would turn the whole run into U+FFFD
-        text = self._tokenizer.decode(self._window)
+        text = self._decode(self._window)
         # An incomplete character is shown as exactly one U+FFFD; all before it can no longer change.
         definite = text[self._shown : len(text) - text.endswith(HALF)]
         self._shown += len(definite)
@@ -75,12 +75,20 @@ class TextStream:
         """What was kept back, now that nothing more comes; half a character becomes U+FFFD. Safe to repeat."""
         if self.stopped:
             return ""
-        rest = self._tokenizer.decode(self._window)[self._shown :]
+        rest = self._decode(self._window)[self._shown :]
         self._shown += len(rest)
         delta = self._show(rest)
         if not self.stopped:
             delta, self._held = delta + self._held, ""
         return delta
+
+    def _decode(self, ids: list[int]) -> str:
+        try:
+            return str(self._tokenizer.decode(ids))
+        except BaseException as error:               # a panic in Rust is no Exception, and must cost no more than this answer
+            if type(error).__module__ != "pyo3_runtime":
+                raise
+            raise RuntimeError("the tokenizer's decoder panicked") from None
 
     def _show(self, definite: str) -> str:
         """Adds definite text; returns the part in front of a stop string, or of what may become one."""
@@ -99,7 +107,7 @@ class TextStream:
     def _move_on(self, open_characters: int) -> None:
         """Forget all ids but the last few, unless these alone show nothing (they could not take the strip then)."""
         context = self._window[-CONTEXT:]
-        base = self._tokenizer.decode(context)
+        base = self._decode(context)
         if len(base) > open_characters:
             self._window, self._shown = context, len(base) - open_characters
 

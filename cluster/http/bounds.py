@@ -11,7 +11,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from kvbank.cluster.http.app import error_body
-from kvbank.errors import InvalidRequest, KVBankError, Overloaded
+from kvbank.errors import InvalidRequest, KVBankError, Unavailable
 
 HEADERS = 100                        # of one request
 HEADER_BYTES = 32 << 10              # of them and its address; an endless head is hung up on, a long one answered 431
@@ -23,30 +23,25 @@ class HeadTooLarge(InvalidRequest):
     http_status = 431
 
 
-class TooManyConnections(Overloaded):
-    """As many as are served are open."""
-
-    http_status = 503
-
-
 class Bounds:
     """ASGI middleware, outside of all other."""
 
-    def __init__(self, app: Any, *, connections: Callable[[], int], limit: int, refused: Callable[[str], None]) -> None:
-        """connections: open now. limit: so many are refused. refused: hears the code of each refusal."""
-        self._app, self._connections, self._limit, self._refused = app, connections, limit, refused
+    def __init__(self, app: Any, *, served: Callable[[], int], limit: int, refused: Callable[[str], None]) -> None:
+        """served: connections now, this one too, or requests if there are more: who left may have one. limit: of them. refused:
+        hears the code of each refusal."""
+        self._app, self._served, self._limit, self._refused = app, served, limit, refused
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and (error := self._error(scope)) is not None:
             self._refused(error.code)
-            headers = {"Connection": "close", "Retry-After": "1"} if isinstance(error, TooManyConnections) else {}
+            headers = {"Connection": "close", "Retry-After": "1"} if isinstance(error, Unavailable) else {}
             await JSONResponse(error_body(error), status_code=error.http_status, headers=headers)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
     def _error(self, scope: Any) -> KVBankError | None:
-        if self._connections() >= self._limit:
-            return TooManyConnections("as many connections are open as this gateway serves; retry later", retry_after_s=1.0)
+        if self._served() > self._limit:
+            return Unavailable(f"more than {self._limit} connections are open, this gateway serves no more; retry later")
         headers = scope["headers"]
         size = sum(len(name) + len(value) for name, value in headers) + len(scope["raw_path"]) + len(scope["query_string"])
         if len(headers) > HEADERS or size > HEADER_BYTES:

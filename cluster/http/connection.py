@@ -27,7 +27,7 @@ REST_S = 5.0                         # for a body that is only dropped, so that 
 UNREAD_S = 120.0                     # without one byte taken; noticed within twice that. A system tells its peer of room that
                                      # was made only when it is worth it, so that some 300 bytes/s can look like none
 HEAD, REST, NEXT = "head", "rest", "next"
-MALFORMED = (b'{"error":{"message":"the request is malformed: it is no HTTP/1.1","type":"invalid_request_error","param":null,'
+MALFORMED = (b'{"error":{"message":"the request is malformed","type":"invalid_request_error","param":null,'
              b'"code":"invalid_request"}}')
 
 
@@ -95,11 +95,13 @@ class Connection(H11Protocol):
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def send_400_response(self, msg: str) -> None:
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):     # else an answer is out or under way, and stays the only one
+            head_only = self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"
             headers = [("Content-Type", "application/json"), ("Content-Length", str(len(MALFORMED))), ("Connection", "close")]
-            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=MALFORMED), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event))
-        self.transport.close()                       # an answer that is out or under way stays the only one
+            self.transport.write(self.conn.send(h11.Response(status_code=400, headers=headers, reason=b"Bad Request")))
+            if not head_only:
+                self.transport.write(self.conn.send(h11.Data(data=MALFORMED)))
+        self.transport.close()
         if self.cycle is not None:
             self.cycle.disconnected = True           # nor may the route, which may not have begun, answer as well
 

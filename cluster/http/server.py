@@ -42,7 +42,7 @@ from kvbank.kvstore.transport.badge import Badge
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 30                    # a connection may be silent between two requests
-MAX_CONNECTIONS = 2048               # so many are refused
+MAX_CONNECTIONS = 2048
 KEY_SPACES = 1024                    # tenants and salts whose root key is remembered
 
 
@@ -245,14 +245,15 @@ class GatewayServer:
         finally:
             self._ready.set()
 
-    def _connections(self) -> int:
-        return len(self._server.server_state.connections) if self._server is not None else 0
+    def _served(self) -> int:
+        assert self._server is not None, "it serves"
+        return max(len(self._server.server_state.connections), len(self._server.server_state.tasks))
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         assembly: Assembly = await self._assemble()
         self.gateway = assembly.front.gateway
-        app = Bounds(build_app(assembly.front), connections=self._connections, limit=MAX_CONNECTIONS,
+        app = Bounds(build_app(assembly.front), served=self._served, limit=MAX_CONNECTIONS,
                      refused=self.gateway.meters.refused)
         config = uvicorn.Config(
             app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,

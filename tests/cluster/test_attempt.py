@@ -101,23 +101,42 @@ def test_all_tokens_are_counted_with_the_time_of_those_before_them() -> None:
     asyncio.run(play())
 
 
-def test_a_panic_of_a_library_ends_the_line_and_leaves_nobody_waiting(caplog: pytest.LogCaptureFixture) -> None:
-    class Panic(BaseException):
-        """As those of libraries in Rust are."""
-
+def test_what_fails_after_the_lane_was_lost_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     async def play() -> None:
-        def fail(_count: int, _before: float) -> None:
-            raise Panic
+        line, job = SubmitLine(call := Call(), channel=None), new_job()
 
-        line = SubmitLine(call := Call(), channel=None)
-        (_, odd), (_, other) = begin(line, new_job(), on_tokens=fail), begin(line, new_job())
+        def fail(_count: int, _before: float) -> None:
+            attempt.lane_lost("gone")
+            raise ValueError("no such counter")
+
+        attempt, running = begin(line, job, on_tokens=fail)
         await asyncio.sleep(0)
         call.answer(token(1, 0))
-        async with asyncio.timeout(20):
-            assert await odd == Lost("bad_message") == await other and line.over
+        assert await running == Lost("gone") and job.ids == [0] and not line.over
+        line.close()
 
     asyncio.run(play())
-    assert "submit_line_failed" in caplog.text
+    assert "job_reply_not_taken_in" in caplog.text and "no such counter" in caplog.text
+
+
+def test_a_token_whose_text_cannot_be_made_is_not_taken() -> None:
+    def fail(_ids: list[int]) -> str:
+        raise RuntimeError("no text")
+
+    async def play() -> None:
+        line, job = SubmitLine(call := Call(), channel=None), new_job()
+        _, running = begin(line, job)
+        await asyncio.sleep(0)
+        call.answer(token(1, 0))
+        await job_has(job, 1)
+        job.text.push = fail
+        call.answer(token(1, 1))
+        with pytest.raises(RuntimeError, match="no text"):
+            await running
+        assert (job.ids, job.texts) == ([0], ["x"]) and not line.over
+        line.close()
+
+    asyncio.run(play())
 
 
 def test_silence_is_counted_from_the_last_word() -> None:

@@ -79,7 +79,7 @@ def test_a_certificate_of_no_use_is_told_once_and_the_old_one_serves_until_it_is
     pem, key = tmp_path / "https.pem", tmp_path / "https.key"
     certificate, sound = HttpsCertificate(pem, key), pem.read_bytes()
     with caplog.at_level(logging.INFO):
-        for written in (sound[:100], sound):
+        for written in (sound[:100], sound + b"\n"):
             pem.write_bytes(written)
             for _ in range(3):
                 certificate.renew()

@@ -153,8 +153,20 @@ def test_what_is_no_http_is_answered_as_other_mistakes_are(make_worker, make_ser
     assert json.loads(body)["error"]["code"] == "invalid_request"
 
 
+def test_a_head_with_a_malformed_body_is_no_error_of_ours(make_worker, make_server, dial, caplog) -> None:
+    address, asked = make_server(make_worker("worker-0")).address, GET.replace(b"GET", b"HEAD")
+    sock = dial(address, asked[:-2] + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
+    got = heard(sock)
+    assert got.startswith(b"HTTP/1.1 400 Bad Request") and got.endswith(b"\r\n\r\n") and sock.recv(1) == b""
+    later = dial(address, asked)
+    assert b" 200 " in heard(later)
+    later.sendall(b"hello\r\n\r\n")
+    assert json.loads(heard(later, until=b"}}").partition(b"\r\n\r\n")[2])
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_strangers_do_not_lock_everybody_out(make_worker, make_server, dial, until, monkeypatch) -> None:
-    monkeypatch.setattr(server, "MAX_CONNECTIONS", 24)
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 23)
     monkeypatch.setattr(connection, "HEADERS_S", 0.5)
     monkeypatch.setattr(connection, "REST_S", 0.5, raising=False)
     address = make_server(make_worker("worker-0"), api_keys=KEYS).address
@@ -167,7 +179,7 @@ def test_strangers_do_not_lock_everybody_out(make_worker, make_server, dial, unt
     for sock in held[-3:]:
         assert b" 200 " in heard(sock)
     full = httpx.get(f"{address}/health")
-    assert full.status_code == 503 and full.json()["error"]["code"] == "overloaded"
+    assert full.status_code == 503 and full.json()["error"]["code"] == "unavailable"
     assert full.headers["retry-after"] == "1" and full.headers["connection"] == "close"
     until(lambda: httpx.get(f"{address}/health").status_code == 200, within_s=10)
 

@@ -63,22 +63,6 @@ def test_too_much_of_one_tenant_is_refused_and_another_is_not() -> None:
     play(story())
 
 
-def test_who_went_away_does_not_count_as_waiting() -> None:
-    async def story() -> None:
-        turns, gate = Turns("reading", threads=1, waiting=2), Gate()
-        first, *gone = (asyncio.ensure_future(turns.run("alice", gate.work, name)) for name in "abc")
-        await asyncio.sleep(0)
-        for each in gone:
-            each.cancel()
-        await asyncio.wait(gone)
-        assert not turns._queues
-        asked = [asyncio.ensure_future(turns.run("alice", gate.work, name)) for name in "de"]
-        gate.goes.release(3)
-        assert await asyncio.gather(first, *asked) == ["a", "d", "e"] and turns._free == 1
-
-    play(story())
-
-
 @pytest.mark.parametrize("moment", ["waiting", "working", "called"])
 def test_who_goes_away_keeps_no_turn(moment: str) -> None:
     async def story() -> None:

@@ -158,3 +158,17 @@ def test_a_space_after_many_special_tokens_is_not_taken_for_the_first_one() -> N
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="empty"):
         TextStream(TOKENIZERS["byte-level"], ["a", ""])
+
+
+def test_a_panic_of_the_tokenizer_is_an_error_like_any_other() -> None:
+    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+
+    class Panicking:
+        decoder = None
+        get_added_tokens_decoder, id_to_token = dict, str
+
+        def decode(self, _ids: list[int]) -> str:
+            raise panic("at some line")
+
+    with pytest.raises(RuntimeError, match="the tokenizer's decoder panicked"):
+        TextStream(Panicking()).push([1])
