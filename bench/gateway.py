@@ -3,9 +3,10 @@
     kvbank bench gateway [--json] [--quick]
 
 Decode: eight streams at once, all from one request to /v1/completions, against the engine's own steps; tokens of all turns by
-the seconds of all, whole answers counted; once more with every job traced into files. Three clusters one after the other for
-each, and nothing beside them: a second one that only rests takes 2 % of a core, and two that are alike differ by 2 % of the
-decode. First token: one short prompt at a time
+the seconds of all, whole answers counted; once more with every job traced into files. Five clusters one after the other for
+each, every one with an engine of its own beside it, since two that are alike differ by 3 % by where their memory lies; and
+nothing else that runs: a cluster that only rests takes 2 % of a core. The first turn of each is not counted: within it a
+worker's thread gets its memory from the system, page by page, for hundreds of steps, and never again. First token: one short prompt at a time
 on a small model, until its first chunk against until its first event, in turns. That is done eight times, some seconds apart:
 what neighbours on a shared machine do to a process that has rested drifts by two within a minute. The goal is for the time
 when the engine's own first token was quickest, and the median of the eight is told beside it. Leaving: from a reader's hang-up
@@ -157,7 +158,7 @@ def _tokens(answer: bytes) -> int:
 def main(argv: list[str] | None = None) -> int:
     report = Report("gateway", argv)
     torch.set_num_threads(1)
-    clusters, repeats, tokens, looks, firsts = (1, 3, 24, 1, 20) if report.args.quick else (3, 6, 128, 8, 60)
+    clusters, repeats, tokens, looks, firsts = (1, 3, 24, 1, 20) if report.args.quick else (5, 3, 128, 8, 60)
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temp:
         folder = write_model(Path(temp) / "model")
@@ -196,7 +197,7 @@ def _decode(folder: Path, repeats: int, tokens: int, **settings: Any) -> dict[st
     """Tokens per second of both sides over all turns, with a cluster of its own."""
     with _cluster(folder, **settings) as cluster:
         ours = Ours(folder, cluster.address, 32_000)
-        ours.by_engine(8), ours.by_gateway(8)        # warm-up of both
+        ours.by_engine(tokens), ours.by_gateway(tokens)          # warm-up of both
         return interleaved(repeats, middle=statistics.harmonic_mean, engine=lambda: ours.by_engine(tokens),
                            gateway=lambda: ours.by_gateway(tokens))
 
