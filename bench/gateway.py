@@ -6,12 +6,14 @@ Decode: eight streams at once, all from one request to /v1/completions, against 
 the seconds of all, whole answers counted; once more with every job traced into files. Five clusters one after the other for
 each, every one with an engine of its own beside it, since two that are alike differ by 3 % by where their memory lies; and
 nothing else that runs: a cluster that only rests takes 2 % of a core. The first turn of each is not counted: within it a
-worker's thread gets its memory from the system, page by page, for hundreds of steps, and never again. First token: one short prompt at a time
-on a small model, until its first chunk against until its first event, in turns. That is done eight times, some seconds apart:
-what neighbours on a shared machine do to a process that has rested drifts by two within a minute. The goal is for the time
-when the engine's own first token was quickest, and the median of the eight is told beside it. Leaving: from a reader's hang-up
-until the worker's blocks are free, as /v1/status tells it. Both sides run on one thread; the gateway and this client take what
-is left, and the client takes little: bytes of a socket, read as HTTP and JSON when the clock has stopped.
+worker's thread gets its memory from the system, page by page, for hundreds of steps, and never again.
+
+First token: one short prompt at a time on a small model, until its first chunk against until its first event, in turns. That
+is done eight times, some seconds apart: what neighbours on a shared machine do to a process that has rested drifts by two
+within a minute. The goal is for the time when the engine's own first token was quickest, and the median of the eight is told
+beside it. Leaving: from a reader's hang-up until the worker's blocks are free, as /v1/status tells it. Both sides run on one
+thread; the gateway and this client take what is left, and the client takes little: bytes of a socket, read as HTTP and JSON
+when the clock has stopped.
 """
 
 from __future__ import annotations
