@@ -32,7 +32,6 @@ class Meters:
         self.registry = CollectorRegistry()
         self._model = model
         self._tenant, self._reason, self._source, self._code = Names(), Names(), Names(), Names()
-        self._of_tenants: dict[tuple[Counter, str], Counter] = {}
         self._notes: list[tuple[str, int, float | None]] = []    # tenant, tokens that came together, seconds since others
         self._noted = 0                              # tokens
 
@@ -73,13 +72,6 @@ class Meters:
         bound: Histogram = made.labels(self._model)
         return bound
 
-    def _bound(self, counter: Counter, tenant: str) -> Counter:
-        """The one of this model and tenant, without the search that `labels` is."""
-        known = self._of_tenants.get((counter, tenant))
-        if known is None:
-            known = self._of_tenants[counter, tenant] = counter.labels(self._model, tenant)
-        return known
-
     def observe(self, *, live: int, waiting: int, status: Mapping[str, Any]) -> None:
         """What the next scrape shows of the gateway's queue and of the members (`Survey.told`)."""
         self._jobs.labels("queued").set(waiting)
@@ -87,7 +79,7 @@ class Meters:
         self._census.told = status
 
     def admitted(self, tenant: str) -> None:
-        self._bound(self._admitted, self._tenant(tenant)).inc()
+        self._admitted.labels(self._model, self._tenant(tenant)).inc()
 
     def refused(self, code: str) -> None:
         self._refused.labels(self._code(code)).inc()
@@ -119,7 +111,7 @@ class Meters:
                 for _ in range(count):
                     self._between.observe(max(0.0, seconds) / count)
         for tenant, count in of_tenants.items():
-            self._bound(self._output, self._tenant(tenant)).inc(count)
+            self._output.labels(self._model, self._tenant(tenant)).inc(count)
 
     def ended(self, job: Job) -> None:
         """A job is over and its receipt complete."""
