@@ -1,19 +1,21 @@
-"""What the way through HTTP costs: the same jobs by the gateway of a cluster and by an engine in this process, in turns.
+"""What the way through HTTP costs: the same jobs by the gateway of a cluster and by its engine called directly, in turns.
 
     kvbank bench gateway [--json] [--quick]
 
-Decode: eight streams at once, all from one request to /v1/completions, against the engine's own steps; tokens of all turns by
-the seconds of all, whole answers counted; once more with every job traced into files. Five clusters one after the other for
-each, every one with an engine of its own beside it, since two that are alike differ by 3 % by where their memory lies; and
-nothing else that runs: a cluster that only rests takes 2 % of a core. The first turn of each is not counted: within it a
-worker's thread gets its memory from the system, page by page, for hundreds of steps, and never again.
+Decode: eight streams at once, all from one request to /v1/completions, against the steps of the engine in the same worker, on
+the same thread; tokens of all turns by the seconds of all, whole answers counted; once more with every job traced into files.
+The same engine on purpose: two processes with the same weights differ by 5 % for as long as they live, by where their memory
+lies. Five clusters one after the other for each, and before each of them an engine alone in a process of its own, which tells
+what a worker's process costs beside it (ten against ten, so to 1 or 2 %). Nothing else runs: a cluster that only rests takes
+2 % of a core. The first turn of each is not counted: within it a thread gets its memory from the system, page by page, for
+hundreds of steps, and never again.
 
-First token: one short prompt at a time on a small model, until its first chunk against until its first event, in turns. That
-is done eight times, some seconds apart: what neighbours on a shared machine do to a process that has rested drifts by two
-within a minute. The goal is for the time when the engine's own first token was quickest, and the median of the eight is told
-beside it. Leaving: from a reader's hang-up until the worker's blocks are free, as /v1/status tells it. Both sides run on one
-thread; the gateway and this client take what is left, and the client takes little: bytes of a socket, read as HTTP and JSON
-when the clock has stopped.
+First token: one short prompt at a time on a small model, until its first chunk against until its first event, in turns; here
+the engine is this process's. That is done eight times, some seconds apart: what neighbours on a shared machine do to a process
+that has rested drifts by two within a minute. The goal is for the time when the engine's own first token was quickest, and the
+median of the eight is told beside it. Leaving: from a reader's hang-up until the worker's blocks are free, as /v1/status tells
+it. All sides run on one thread; the gateway and this client take what is left, and the client takes little: bytes of a socket,
+read as HTTP and JSON when the clock has stopped.
 """
 
 from __future__ import annotations
@@ -33,30 +35,29 @@ from typing import Any
 
 import torch
 
-from bench.engine import write_model
+from bench.direct import BLOCKS, PROGRAM, PROMPT_TOKENS, STREAMS, Direct, alone
+from bench.engine import VOCAB, write_model
 from bench.report import Report, interleaved
 from kvbank import LocalCluster
+from kvbank.cluster.processes import MEMBER_PROGRAM
 from kvbank.workers.assembly import build_engine
 from kvbank.workers.config import WorkerConfig
-from kvbank.workers.engine import Engine, Token
+from kvbank.workers.engine import Token
 from kvbank.workers.models.random_model import write_random_model
 from kvbank.workers.sequence import JobSpec
 
-STREAMS, PROMPT_TOKENS, SMALL_VOCAB = 8, 16, 512
+SMALL_VOCAB = 512
 REST_S = 0.01                        # before a first token is clocked: processes and caches are as cold on both sides
-BLOCKS = 1024
 TOKEN = re.compile(rb'"token_ids":\[\d')
 APART_S = 8.0                        # one look at first tokens and the next
 IDLE_S = 10                          # a connection is used again within it; the gateway closes those that rest for 30
 LAST_CHUNK = b"0\r\n\r\n"
-NAMES = count()
 
 
-class Ours:
-    """An engine in this process, and a cluster of one worker beside it that serves the same folder."""
+class Reader:
+    """One client of a gateway, over one connection."""
 
-    def __init__(self, folder: Path, address: str, vocab: int) -> None:
-        self.engine: Engine = build_engine(WorkerConfig(model=str(folder), device_blocks=BLOCKS))
+    def __init__(self, address: str, vocab: int) -> None:
         self._address = address.removeprefix("http://")
         self._socket, self._eye = self._connect(), http.client.HTTPConnection(self._address, timeout=120)
         self._rng, self._vocab, self._used_at = random.Random(vocab), vocab, time.monotonic()
@@ -71,16 +72,8 @@ class Ours:
         """One that nobody has seen."""
         return [self._rng.randrange(self._vocab) for _ in range(PROMPT_TOKENS)]
 
-    def by_engine(self, tokens: int) -> float:
-        """Tokens per second of STREAMS jobs together."""
-        for _ in range(STREAMS):
-            self.engine.add(JobSpec(id=f"d{next(NAMES)}", prompt=self.prompt(), max_tokens=tokens, ignore_eos=True))
-        began = time.perf_counter()
-        self.engine.run_until_idle()
-        return STREAMS * tokens / (time.perf_counter() - began)
-
-    def by_gateway(self, tokens: int) -> float:
-        """As by_engine, through HTTP."""
+    def decode(self, tokens: int) -> float:
+        """As Direct.decode, through HTTP."""
         request = self._request([self.prompt() for _ in range(STREAMS)], tokens)
         began = time.perf_counter()
         answer = b"".join(self._answer(request))
@@ -89,18 +82,8 @@ class Ours:
             raise RuntimeError(f"{got} tokens came instead of {STREAMS * tokens}: {answer[:200]!r}")
         return got / seconds
 
-    def first_by_engine(self) -> float:
+    def first(self) -> float:
         """Milliseconds to a first token."""
-        job = JobSpec(id=f"f{next(NAMES)}", prompt=self.prompt(), max_tokens=1, ignore_eos=True)
-        time.sleep(REST_S)
-        began = time.perf_counter()
-        self.engine.add(job)
-        while not any(isinstance(event, Token) for event in self.engine.step()):
-            pass
-        return 1e3 * (time.perf_counter() - began)
-
-    def first_by_gateway(self) -> float:
-        """As first_by_engine, through HTTP."""
         request, answer, arrived = self._request([self.prompt()], 1), b"", 0.0
         time.sleep(REST_S)
         began = time.perf_counter()
@@ -157,6 +140,25 @@ def _tokens(answer: bytes) -> int:
     return sum(len(choice["token_ids"]) for chunk in chunks for choice in chunk["choices"])
 
 
+class Engine:
+    """One in this process."""
+
+    def __init__(self, folder: Path, vocab: int) -> None:
+        self._engine = build_engine(WorkerConfig(model=str(folder), device_blocks=BLOCKS))
+        self._rng, self._vocab, self._names = random.Random(folder.name), vocab, count()
+
+    def first(self) -> float:
+        """As Reader.first, called directly."""
+        prompt = [self._rng.randrange(self._vocab) for _ in range(PROMPT_TOKENS)]
+        job = JobSpec(id=f"f{next(self._names)}", prompt=prompt, max_tokens=1, ignore_eos=True)
+        time.sleep(REST_S)
+        began = time.perf_counter()
+        self._engine.add(job)
+        while not any(isinstance(event, Token) for event in self._engine.step()):
+            pass
+        return 1e3 * (time.perf_counter() - began)
+
+
 def main(argv: list[str] | None = None) -> int:
     report = Report("gateway", argv)
     torch.set_num_threads(1)
@@ -165,25 +167,29 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temp:
         folder = write_model(Path(temp) / "model")
         tracing = {"exporter": "file", "trace_dir": str(Path(temp) / "traces")}
-        decode, traced = ([_decode(folder, repeats, tokens, **more) for _ in range(clusters)] for more in ({}, tracing))
-        for kind, seen in (("decode", decode), ("traced decode", traced)):
-            for rates in seen:
-                report.line(step=kind, streams=STREAMS, tokens=tokens, **{side: round(rate, 1) for side, rate in rates.items()})
+        seen: dict[str, list[dict[str, float]]] = {"decode": [], "traced decode": []}
+        for kind, settings in (("decode", {}), ("traced decode", tracing)):
+            for _ in range(clusters):
+                seen[kind].append(_decode(folder, Path(temp), repeats, tokens, **settings))
+                report.line(step=kind, streams=STREAMS, tokens=tokens, **{k: round(v, 1) for k, v in seen[kind][-1].items()})
         small = write_random_model(Path(temp) / "small", seed=7, vocab=SMALL_VOCAB)
         with _cluster(small) as cluster:
-            ours = Ours(small, cluster.address, SMALL_VOCAB)
-            ours.first_by_engine(), ours.first_by_gateway()
+            engine, reader = Engine(small, SMALL_VOCAB), Reader(cluster.address, SMALL_VOCAB)
+            engine.first(), reader.first()
             first: list[dict[str, float]] = []
             for look in range(looks):
                 time.sleep(APART_S if look else 0.0)
-                first.append(interleaved(firsts, engine=ours.first_by_engine, gateway=ours.first_by_gateway))
+                first.append(interleaved(firsts, engine=engine.first, gateway=reader.first))
                 report.line(step="first token", **{f"{side}_ms": round(ms, 2) for side, ms in first[-1].items()})
-            left = [ours.left() for _ in range(5)]
+            left = [reader.left() for _ in range(5)]
         quiet = min(first, key=lambda look: look["engine"])
+    decode, traced = seen.values()
+    alike = decode + traced                              # an engine that is called directly traces nothing
     figures["decode_engine_tokens_per_s"] = round(_rate(decode, "engine"), 1)
     figures["decode_gateway_tokens_per_s"] = round(_rate(decode, "gateway"), 1)
-    figures["decode_loss"] = round(1 - _rate(decode, "gateway") / _rate(decode, "engine"), 4)
-    figures["decode_loss_traced"] = round(1 - _rate(traced, "gateway") / _rate(traced, "engine"), 4)
+    figures["decode_loss"] = _loss(decode)
+    figures["decode_loss_traced"] = _loss(traced)
+    figures["decode_loss_in_workers_process"] = round(1 - _rate(alike, "engine") / _rate(alike, "alone"), 4)
     figures["ttft_added_ms"] = round(quiet["gateway"] - quiet["engine"], 2)
     figures["ttft_added_ms_median"] = round(statistics.median(look["gateway"] - look["engine"] for look in first), 2)
     figures["freed_after_leaving_ms_max"] = round(max(left), 1)
@@ -195,13 +201,21 @@ def main(argv: list[str] | None = None) -> int:
     return report.finish(figures)
 
 
-def _decode(folder: Path, repeats: int, tokens: int, **settings: Any) -> dict[str, float]:
-    """Tokens per second of both sides over all turns, with a cluster of its own."""
-    with _cluster(folder, **settings) as cluster:
-        ours = Ours(folder, cluster.address, 32_000)
-        ours.by_engine(tokens), ours.by_gateway(tokens)          # warm-up of both
-        return interleaved(repeats, middle=statistics.harmonic_mean, engine=lambda: ours.by_engine(tokens),
-                           gateway=lambda: ours.by_gateway(tokens))
+def _decode(folder: Path, temp: Path, repeats: int, tokens: int, **settings: Any) -> dict[str, float]:
+    """Tokens per second of each side over all turns: an engine alone, then, in turns, a worker's engine and its gateway."""
+    path = temp / "direct"                               # one at a time listens there
+    with alone(path, folder) as engine:
+        engine.decode(tokens)                            # warm-up
+        by_itself = statistics.harmonic_mean([engine.decode(tokens) for _ in range(repeats)])
+    path.unlink()
+    with _cluster(folder, path, **settings) as cluster:
+        direct, reader = Direct(path), Reader(cluster.address, VOCAB)
+        direct.decode(tokens), reader.decode(tokens)     # warm-up of both
+        rates = interleaved(repeats, middle=statistics.harmonic_mean, engine=lambda: direct.decode(tokens),
+                            gateway=lambda: reader.decode(tokens))
+        direct.close()
+    path.unlink()
+    return {"alone": by_itself, **rates}
 
 
 def _rate(turns: list[dict[str, float]], side: str) -> float:
@@ -209,9 +223,18 @@ def _rate(turns: list[dict[str, float]], side: str) -> float:
     return statistics.harmonic_mean([rates[side] for rates in turns])
 
 
-def _cluster(folder: Path, **settings: Any) -> LocalCluster:
-    return LocalCluster(model=str(folder), workers=1, launcher="process", device_blocks=BLOCKS, redis=None, host_bytes=0,
-                        torch_threads=1, **settings)
+def _loss(turns: list[dict[str, float]]) -> float:
+    return round(1 - _rate(turns, "gateway") / _rate(turns, "engine"), 4)
+
+
+def _cluster(folder: Path, direct: Path | None = None, **settings: Any) -> LocalCluster:
+    """One worker. `direct`: the socket at which its engine is called."""
+
+    class Cluster(LocalCluster):
+        member_program = MEMBER_PROGRAM if direct is None else ("-P", PROGRAM, str(direct))
+
+    return Cluster(model=str(folder), workers=1, launcher="process", device_blocks=BLOCKS, redis=None, host_bytes=0,
+                   torch_threads=1, **settings)
 
 
 if __name__ == "__main__":
