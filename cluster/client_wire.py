@@ -102,6 +102,8 @@ class Wire:
 def error_of(body: dict[str, Any]) -> KVBankError:
     """The typed error in a gateway's error object."""
     error = from_code(str(body.get("code")), str(body.get("message", "")))
+    if isinstance(body.get("param"), str):
+        error.param = body["param"]
     if isinstance(error, Overloaded) and isinstance(body.get("retry_after_s"), (int, float)):
         error.retry_after_s = float(body["retry_after_s"])
     return error

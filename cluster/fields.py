@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from kvbank.errors import InvalidRequest
 
 MAX_DEPTH = 32                       # of a JSON body; ours need six
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 
 
 class Fields:
     """A JSON object read field by field. An absent or null field is its default; a wrong one raises InvalidRequest."""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self._body = body
+    def __init__(self, body: Mapping[str, Any], where: str = "") -> None:
+        """where: path of the object within the request; empty for the request itself."""
+        self._body, self._prefix = body, where + "." if where else ""
 
     def refuse_unknown(self, known: frozenset[str]) -> None:
         if unknown := sorted(set(self._body) - known):
-            raise InvalidRequest(f"unknown field {shown(unknown[0])}; known ones are {', '.join(sorted(known))}")
+            raise InvalidRequest(f"unknown field {shown(unknown[0])}; known ones are {', '.join(sorted(known))}",
+                                 param=self._prefix + unknown[0] if _NAME.fullmatch(unknown[0]) else None)
 
     def raw(self, name: str) -> Any:
         """As it was sent; None where it was not."""
@@ -34,7 +38,7 @@ class Fields:
         if value is None:
             return default
         if type(value) is not int or not low <= value <= high:
-            raise InvalidRequest(f"{name} must be an integer from {low} to {high}, not {shown(value)}")
+            raise self._wrong(name, f"an integer from {low} to {high}", value)
         return value
 
     def number(self, name: str, default: Any, *, low: float, high: float, open_low: bool = False) -> Any:
@@ -44,7 +48,7 @@ class Fields:
         fits = type(value) in (int, float) and low <= value <= high and not (open_low and value == low)
         if not fits or not math.isfinite(value):
             border = "above" if open_low else "from"
-            raise InvalidRequest(f"{name} must be a number {border} {low:g} to {high:g}, not {shown(value)}")
+            raise self._wrong(name, f"a number {border} {low:g} to {high:g}", value)
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -52,7 +56,7 @@ class Fields:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise InvalidRequest(f"{name} must be true or false, not {shown(value)}")
+            raise self._wrong(name, "true or false", value)
         return value
 
     def text(self, name: str, default: Any) -> Any:
@@ -60,8 +64,12 @@ class Fields:
         if value is None:
             return default
         if not isinstance(value, str):
-            raise InvalidRequest(f"{name} must be a string, not {shown(value)}")
+            raise self._wrong(name, "a string", value)
         return value
+
+    def _wrong(self, name: str, wanted: str, value: Any) -> InvalidRequest:
+        path = self._prefix + name
+        return InvalidRequest(f"{path} must be {wanted}, not {shown(value)}", param=path)
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
@@ -95,11 +103,12 @@ def _no_constant(name: str) -> None:
 
 
 def check_text(text: str, where: str) -> None:
+    """Raises InvalidRequest for text that no encoding has. where: the field, or a path into it such as stop[1]."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InvalidRequest(
-            f"{where}: character {error.start} is a lone surrogate, which no text can contain"
+            f"{where}: character {error.start} is a lone surrogate, which no text can contain", param=where
         ) from None
 
 

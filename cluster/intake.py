@@ -159,15 +159,18 @@ class Intake:
         stop = _stop(body.get("stop"))
         policy = fields.text("policy", "exact")
         if policy not in POLICIES:
-            raise InvalidRequest(f"policy {shown(policy)} is not known; this version serves {', '.join(POLICIES)}")
+            raise InvalidRequest(f"policy {shown(policy)} is not known; this version serves {', '.join(POLICIES)}",
+                                 param="policy")
         job_id = fields.text("job_id", None)
         if job_id is not None and not _JOB_ID.fullmatch(job_id):
-            raise InvalidRequest("job_id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -, and neither . nor ..")
+            raise InvalidRequest("job_id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -, and neither . nor ..",
+                                 param="job_id")
         top_k = fields.integer("top_k", 0, low=-1, high=2**31 - 1)
         seed = fields.integer("seed", None, low=-(2**63), high=2**64 - 1)
         cache_salt = fields.text("cache_salt", "")
         if len(cache_salt) > MAX_SALT_CHARS or body.get("cache_salt") == "":
-            raise InvalidRequest(f"cache_salt must be a string of 1 to {MAX_SALT_CHARS} characters; leave it out for none")
+            raise InvalidRequest(f"cache_salt must be a string of 1 to {MAX_SALT_CHARS} characters; leave it out for none",
+                                 param="cache_salt")
         check_text(cache_salt, "cache_salt")
         sampling: dict[str, Any] = {
             "temperature": fields.number("temperature", temperature, low=0.0, high=2.0),
@@ -232,7 +235,7 @@ class Intake:
         if ids is None:
             return ()
         if isinstance(ids, list) and len(ids) > limit:
-            raise InvalidRequest(f"{where} has {len(ids)} entries, at most {limit} are read")
+            raise InvalidRequest(f"{where} has {len(ids)} entries, at most {limit} are read", param=where)
         token_bytes(ids, where, self.facts.vocab_size)
         return tuple(ids)
 
@@ -264,9 +267,10 @@ def _stop(stop: Any) -> tuple[str, ...]:
         return ()
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) for s in stops):
-        raise InvalidRequest(f"stop must be a string or a list of at most {MAX_STOPS} strings")
+        raise InvalidRequest(f"stop must be a string or a list of at most {MAX_STOPS} strings", param="stop")
     for number, text in enumerate(stops):
         if not 1 <= len(text) <= MAX_STOP_CHARS:
-            raise InvalidRequest(f"stop string {number} has {len(text)} characters; 1 to {MAX_STOP_CHARS} are allowed")
-        check_text(text, f"stop string {number}")
+            raise InvalidRequest(f"stop[{number}] has {len(text)} characters; 1 to {MAX_STOP_CHARS} are allowed",
+                                 param=f"stop[{number}]")
+        check_text(text, f"stop[{number}]")
     return tuple(stops)

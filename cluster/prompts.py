@@ -54,47 +54,47 @@ def size(prompt: Any) -> int:
 def read_prompt(prompt: Any, encode: Encode, vocab: int) -> tuple[bytes, tuple[PromptSegment, ...]]:
     """The ids of what a caller may send as prompt, or of a Rendered; and its segments, where it came in some."""
     if prompt is None:
-        raise InvalidRequest("prompt is missing")
+        raise InvalidRequest("prompt is missing", param="prompt")
     if isinstance(prompt, Rendered):
         check_text(prompt.text, "messages")
         made = token_bytes(encode(prompt.text, False), "messages", vocab)
         if not made:
-            raise InvalidRequest("the chat template made no prompt of these messages; send some text")
+            raise InvalidRequest("the chat template made no prompt of these messages; send some text", param="messages")
         return made, ()
     pieces = [{"text": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(pieces, list):
-        raise InvalidRequest("prompt must be a string, a list of token ids, or a list of segments")
+        raise InvalidRequest("prompt must be a string, a list of token ids, or a list of segments", param="prompt")
     if not pieces or (isinstance(prompt, str) and not prompt):
-        raise InvalidRequest("the prompt is empty: give at least one token")
+        raise InvalidRequest("the prompt is empty: give at least one token", param="prompt")
     if not isinstance(pieces[0], dict):
         return token_bytes(pieces, "prompt", vocab), ()
     if len(pieces) > MAX_SEGMENTS:
-        raise InvalidRequest(f"the prompt has {len(pieces)} segments, at most {MAX_SEGMENTS} are read")
+        raise InvalidRequest(f"the prompt has {len(pieces)} segments, at most {MAX_SEGMENTS} are read", param="prompt")
     parts: list[bytes] = []
     segments: list[PromptSegment] = []
     first = 0
     for number, piece in enumerate(pieces):
-        where = "prompt" if isinstance(prompt, str) else f"prompt segment {number}"
+        where = "prompt" if isinstance(prompt, str) else f"prompt[{number}]"
         ids, reusable = _segment(piece, where, encode, vocab, at_start=first == 0)
         parts.append(ids)
         segments.append(PromptSegment(first, first + len(ids) // 4, reusable))
         first = segments[-1].last
     if first == 0:
-        raise InvalidRequest("the prompt is empty: give at least one token")
+        raise InvalidRequest("the prompt is empty: give at least one token", param="prompt")
     return b"".join(parts), () if isinstance(prompt, str) else tuple(segments)
 
 
 def _segment(piece: Any, where: str, encode: Encode, vocab: int, *, at_start: bool) -> tuple[bytes, bool]:
     if not isinstance(piece, dict) or set(piece) - {"text", "token_ids", "reusable"}:
-        raise InvalidRequest(f"{where} must be an object of text or token_ids, and reusable")
+        raise InvalidRequest(f"{where} must be an object of text or token_ids, and reusable", param=where)
     if ("text" in piece) == ("token_ids" in piece):
-        raise InvalidRequest(f"{where} must have either text or token_ids")
-    reusable = Fields(piece).flag("reusable", True)
+        raise InvalidRequest(f"{where} must have either text or token_ids", param=where)
+    reusable = Fields(piece, where).flag("reusable", True)
     if "token_ids" in piece:
         return token_bytes(piece["token_ids"], where, vocab), reusable
     text = piece["text"]
     if not isinstance(text, str):
-        raise InvalidRequest(f"{where}: text must be a string")
+        raise InvalidRequest(f"{where}.text must be a string", param=f"{where}.text")
     check_text(text, where)
     return token_bytes(encode(text, at_start), where, vocab), reusable
 
@@ -102,15 +102,16 @@ def _segment(piece: Any, where: str, encode: Encode, vocab: int, *, at_start: bo
 def token_bytes(ids: Any, where: str, vocab: int) -> bytes:
     """Token ids as int32 bytes; refuses what is not an integer or not in the vocabulary, naming its index."""
     if not isinstance(ids, list):
-        raise InvalidRequest(f"{where}: token ids must be a list of integers")
+        raise InvalidRequest(f"{where}: token ids must be a list of integers", param=where)
     if len(ids) > WIRE_TOKENS:
-        raise TooLong(f"{where} has {len(ids)} tokens, at most {WIRE_TOKENS} fit one job")
+        raise TooLong(f"{where} has {len(ids)} tokens, at most {WIRE_TOKENS} fit one job", param=where)
     if not ids:
         return b""
     if not (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab):
         at = next(n for n, i in enumerate(ids) if not (type(i) is int and 0 <= i < vocab))
         raise InvalidRequest(
-            f"{where}: token {at} is {shown(ids[at])}; ids are integers from 0 to {vocab - 1} for this model"
+            f"{where}: token {at} is {shown(ids[at])}; ids are integers from 0 to {vocab - 1} for this model",
+            param=where,
         )
     return array("i", ids).tobytes()
 
@@ -118,27 +119,29 @@ def token_bytes(ids: Any, where: str, vocab: int) -> bytes:
 def chat_messages(messages: Any) -> list[dict[str, Any]]:
     """Chat messages with a role of ours and plain text. Raises InvalidRequest naming what is something else."""
     if not isinstance(messages, list) or not messages:
-        raise InvalidRequest("messages must be a list of at least one message")
+        raise InvalidRequest("messages must be a list of at least one message", param="messages")
     if len(messages) > MAX_MESSAGES:
-        raise InvalidRequest(f"there are {len(messages)} messages, at most {MAX_MESSAGES} are read")
+        raise InvalidRequest(f"there are {len(messages)} messages, at most {MAX_MESSAGES} are read", param="messages")
     return [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise InvalidRequest(f"{where} must be an object with role and content")
+        raise InvalidRequest(f"{where} must be an object with role and content", param=where)
     given = {name: value for name, value in message.items() if value is not None}
     if unknown := sorted(set(given) - {"role", "content", "name"}):
-        raise InvalidRequest(f"{where}: {shown(unknown[0])} is not supported; a message has role, content and name")
+        raise InvalidRequest(f"{where}: {shown(unknown[0])} is not supported; a message has role, content and name",
+                             param=where)
     role = given.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise InvalidRequest(f"{where}: role {shown(role)} is not supported; it is one of {', '.join(ROLES)}")
+        raise InvalidRequest(f"{where}: role {shown(role)} is not supported; it is one of {', '.join(ROLES)}",
+                             param=f"{where}.role")
     if "content" not in given:
-        raise InvalidRequest(f"{where}: content is missing")
-    told = {"role": ROLES[role], "content": _content(given["content"], where)}
+        raise InvalidRequest(f"{where}: content is missing", param=f"{where}.content")
+    told = {"role": ROLES[role], "content": _content(given["content"], f"{where}.content")}
     if "name" in given:
-        told["name"] = Fields(given).text("name", "")
-        check_text(told["name"], f"{where}: name")
+        told["name"] = Fields(given, where).text("name", "")
+        check_text(told["name"], f"{where}.name")
     return told
 
 
@@ -146,13 +149,14 @@ def _content(content: Any, where: str) -> str:
     """A string, or parts of type text, which become lines."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not parts:
-        raise InvalidRequest(f"{where}: content must be a string or a list of text parts")
+        raise InvalidRequest(f"{where} must be a string or a list of text parts", param=where)
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
-            raise InvalidRequest(f"{where}: content of type {shown(kind)} is not supported; this server reads text only")
+            raise InvalidRequest(f"{where}: type {shown(kind)} is not supported; this server reads text only",
+                                 param=where)
         if not isinstance(part.get("text"), str) or set(part) - {"type", "text"}:
-            raise InvalidRequest(f"{where}: a text part has a string as text, and nothing else")
+            raise InvalidRequest(f"{where}: a text part has a string as text, and nothing else", param=where)
     text = "\n".join(part["text"] for part in parts)
     check_text(text, where)
     return text

@@ -167,7 +167,8 @@ have (`{beside}`) are in `kvbank.cluster.client`. A **prompt** is a string, a li
 `Segment`s and strings."""]
     parts += [_class(_public(name)) for name in PUBLIC]
     parts.append("## Errors\n\n`kvbank.errors`. KVBankError is the root; every failure that reaches a caller is one of "
-                 "these. `code` never changes and is the same over HTTP.\n\n" + _table(
+                 "these. `code` never changes and is the same over HTTP. `param` names the field of a request "
+                 "that is at fault, or a path into it such as `messages[0].role`.\n\n" + _table(
                      ("Error", "Code", "HTTP", "Meaning"), list(_errors(errors.KVBankError))))
     return "\n\n".join(parts) + "\n"
 

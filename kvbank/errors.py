@@ -12,7 +12,8 @@
     ├── ConfigError         a setting is wrong or two members disagree                  500 config_error
     └── ModelError          a model folder cannot be read or is not supported           500 model_error
 
-`code` is stable and safe to show to anyone; the message says what happened, the numbers, and what to do.
+`code` is stable and safe to show to anyone; the message says what happened, the numbers, and what to do;
+`param` names the field of a request that is at fault, or a path into it such as messages[0].role, if it is one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ class KVBankError(Exception):
 
     code = "internal"
     http_status = 500
+
+    def __init__(self, message: str = "", *, param: str | None = None) -> None:
+        """param: the field of a request that is at fault, or a path into it such as messages[0].role; None: not one field."""
+        super().__init__(message)
+        self.param = param
 
 
 class InvalidRequest(KVBankError):

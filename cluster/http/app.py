@@ -127,9 +127,9 @@ def query_number(request: Request, name: str, default: float, high: float) -> fl
     try:
         value = float(given)
     except ValueError:
-        raise InvalidRequest(f"{name} must be a number") from None
+        raise InvalidRequest(f"{name} must be a number", param=name) from None
     if not 0 <= value <= high:
-        raise InvalidRequest(f"{name} must be from 0 to {high:g}")
+        raise InvalidRequest(f"{name} must be from 0 to {high:g}", param=name)
     return value
 
 
@@ -142,7 +142,7 @@ class BodyTooLarge(InvalidRequest):
 def error_body(error: KVBankError) -> dict[str, Any]:
     """An error as OpenAI's clients know it."""
     kind = _TYPES.get(error.http_status, "server_error")
-    body: dict[str, Any] = {"message": str(error), "type": kind, "param": None, "code": error.code}
+    body: dict[str, Any] = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
     if isinstance(error, Overloaded):
         body["retry_after_s"] = error.retry_after_s
     return {"error": body}

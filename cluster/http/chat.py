@@ -43,7 +43,7 @@ def add_routes(made: Routes, front: Front) -> None:
 async def _begin(front: Front, body: dict[str, Any], tenant: str) -> Choices:
     """Check the request and submit its jobs: all or none."""
     if "prompt" in body:
-        raise InvalidRequest("a chat has messages and no prompt; send a prompt to /v1/completions")
+        raise InvalidRequest("a chat has messages and no prompt; send a prompt to /v1/completions", param="prompt")
     fields = check(front, body, KNOWN, NEUTRAL)
     wish = read_wish(body, fields, 1, wanted_by_chat(fields))
     prompt = await front.intake.chat(body.get("messages"), tenant=tenant)

@@ -71,14 +71,14 @@ def check(front: Front, body: Mapping[str, Any], known: frozenset[str], neutral:
     check_model(front, fields.text("model", None))
     for name, allowed in neutral.items():
         if body.get(name) is not None and not any(body[name] == value for value in allowed):
-            raise InvalidRequest(f"{name} is not supported by this server")
+            raise InvalidRequest(f"{name} is not supported by this server", param=name)
     fields.text("prompt_cache_key", None)
     return fields
 
 
 def check_model(front: Front, name: Any) -> None:
     if name is not None and name != front.intake.facts.name:
-        raise NotFound(f"this gateway serves the model {front.intake.facts.name!r}; see /v1/models")
+        raise NotFound(f"this gateway serves the model {front.intake.facts.name!r}; see /v1/models", param="model")
 
 
 def read_wish(body: Mapping[str, Any], fields: Fields, prompts: int, logprobs: int | None) -> Wish:
@@ -91,7 +91,8 @@ def check_count(front: Front, body: Mapping[str, Any], prompts: Sequence[Any]) -
     n: int = Fields(body).integer("n", 1, low=1, high=front.limits.choices)
     if len(prompts) * n > front.limits.choices:
         raise InvalidRequest(
-            f"{len(prompts)} prompts times n={n} is {len(prompts) * n} choices, at most {front.limits.choices} are served"
+            f"{len(prompts)} prompts times n={n} is {len(prompts) * n} choices, at most {front.limits.choices} are served",
+            param="n" if n > 1 else "prompt",
         )
     return n
 
@@ -104,7 +105,7 @@ async def submit(
     Overloaded."""
     n = check_count(front, body, prompts)
     if body.get("job_id") is not None and len(prompts) * n > 1:
-        raise InvalidRequest("job_id names one job: send one prompt and n=1")
+        raise InvalidRequest("job_id names one job: send one prompt and n=1", param="job_id")
     common = {name: body[name] for name in SPEC_FIELDS if name in body} | _max_tokens(body)
     specs: list[JobSpec] = []
     for prompt in prompts:
@@ -114,7 +115,7 @@ async def submit(
                   for copy in range(n)]
     if logprobs is not None and (told := sum(spec.max_tokens for spec in specs) * (1 + logprobs)) > MAX_TOLD:
         raise InvalidRequest(f"choices x max_tokens x (1 + likely tokens) is {told}, at most {MAX_TOLD} log-probabilities are "
-                             "told in one answer; ask for fewer tokens, choices or likely tokens")
+                             "told in one answer; ask for fewer tokens, choices or likely tokens", param="logprobs")
     return [front.gateway.submit(specs[0])] if len(specs) == 1 else front.gateway.submit_all(specs)
 
 
@@ -246,7 +247,8 @@ def _max_tokens(body: Mapping[str, Any]) -> dict[str, Any]:
     if new is None:
         return {}
     if old is not None and old != new:
-        raise InvalidRequest("max_tokens and max_completion_tokens are two names of one limit: send one of them")
+        raise InvalidRequest("max_tokens and max_completion_tokens are two names of one limit: send one of them",
+                             param="max_completion_tokens")
     Fields(body).integer("max_completion_tokens", None, low=1, high=2**31 - 1)
     return {"max_tokens": new}
 
@@ -256,7 +258,7 @@ def _include_usage(body: Mapping[str, Any]) -> bool:
     if options is None:
         return False
     if not isinstance(options, dict):
-        raise InvalidRequest("stream_options must be an object")
-    fields = Fields(options)
+        raise InvalidRequest("stream_options must be an object", param="stream_options")
+    fields = Fields(options, "stream_options")
     fields.refuse_unknown(frozenset({"include_usage", "include_obfuscation"}))
     return fields.flag("include_usage", False)

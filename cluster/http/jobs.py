@@ -63,7 +63,7 @@ def routes(front: Front) -> Routes:
         last = request.headers.get("last-event-id", "")
         first = int(query_number(request, "from", float(last) if _INDEX.fullmatch(last) else 0.0, 2**31))
         if first > len(job.ids):
-            raise InvalidRequest(f"the job has {len(job.ids)} tokens so far, there is no token {first}")
+            raise InvalidRequest(f"the job has {len(job.ids)} tokens so far, there is no token {first}", param="from")
         return EventStream(_events(job, first, front.limits.quiet_s))
 
     @made.delete("/{job_id}")

@@ -31,7 +31,7 @@ def wanted_by_chat(fields: Fields) -> int | None:
     if fields.flag("logprobs", False):
         return likely or 0
     if likely:
-        raise InvalidRequest("top_logprobs needs logprobs: true beside it")
+        raise InvalidRequest("top_logprobs needs logprobs: true beside it", param="top_logprobs")
     return None
 
 

@@ -63,7 +63,8 @@ async def _begin(front: Front, body: dict[str, Any], tenant: str) -> Choices:
     wish = read_wish(body, fields, len(prompts), wanted_by_completion(fields))
     echo = fields.flag("echo", False)
     if echo and wish.logprobs is not None:
-        raise InvalidRequest("echo together with logprobs is not supported: the prompt's own log-probabilities are not kept")
+        raise InvalidRequest("echo together with logprobs is not supported: the prompt's own log-probabilities are not kept",
+                             param="logprobs")
     check_count(front, body, prompts)
     said = [await front.intake.prompt_text(prompt, tenant=tenant) for prompt in prompts] if echo else [""] * len(prompts)
     jobs = await submit(front, body, prompts, tenant, max_tokens=16, logprobs=wish.logprobs)
@@ -104,13 +105,13 @@ class _Text:
 def _check_best_of(front: Front, fields: Fields) -> None:
     n = fields.integer("n", 1, low=1, high=front.limits.choices)
     if fields.integer("best_of", n, low=1, high=front.limits.choices) != n:
-        raise InvalidRequest("best_of is not supported other than equal to n")
+        raise InvalidRequest("best_of is not supported other than equal to n", param="best_of")
 
 
 def _prompts(prompt: Any) -> list[Any]:
     """One entry per prompt: OpenAI allows a string, a list of strings, a list of ids, a list of lists of ids."""
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
         if not all(isinstance(each, type(prompt[0])) for each in prompt):
-            raise InvalidRequest("a list of prompts must hold strings only, or lists of token ids only")
+            raise InvalidRequest("a list of prompts must hold strings only, or lists of token ids only", param="prompt")
         return prompt
     return [prompt]

@@ -15,6 +15,7 @@ from kvbank.cluster.prompts import MAX_MESSAGES, MAX_SEGMENTS
 Schema = dict[str, Any]
 
 _TEXT: Schema = {"type": "string"}
+_PARAM: Schema = {"type": ["string", "null"], "description": "The field at fault, or a path into it such as messages[0].role."}
 _FLAG: Schema = {"type": "boolean"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 _IDS: Schema = {"type": "array", "items": _COUNT}
@@ -155,6 +156,5 @@ SCHEMAS: dict[str, Schema] = {
     "Health": _object(status={"enum": ["ok", "unavailable"]}, workers=_COUNT, version=_TEXT),
     "Status": {**_OPEN, "description": "Workers, loans and tiers of the cluster now, and this tenant's jobs."},
     "Session": _object(name=_TEXT, tenant=_TEXT, role=_TEXT, csrf=_TEXT),
-    "Error": _object(error=_object(message=_TEXT, type=_TEXT, param={"type": ["string", "null"]}, code=_TEXT,
-                                   retry_after_s={"type": "number"})),
+    "Error": _object(error=_object(message=_TEXT, type=_TEXT, param=_PARAM, code=_TEXT, retry_after_s={"type": "number"})),
 }

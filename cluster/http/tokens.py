@@ -33,7 +33,7 @@ def add_routes(made: Routes, front: Front) -> None:
         check_model(front, fields.text("model", None))
         asks = fields.flag("add_generation_prompt", True)
         if ("prompt" in body) == ("messages" in body):
-            raise InvalidRequest("send either prompt or messages")
+            raise InvalidRequest("send either prompt or messages", param="prompt")
         prompt, tenant = body.get("prompt"), request.state.tenant
         if "messages" in body:
             prompt = await intake.chat(body["messages"], tenant=tenant, add_generation_prompt=asks)
@@ -48,6 +48,7 @@ def add_routes(made: Routes, front: Front) -> None:
         check_model(front, fields.text("model", None))
         given, limit = body.get("tokens"), intake.facts.max_position
         if isinstance(given, list) and len(given) > limit:           # a token may be a long word: the answer has a bound, too
-            raise InvalidRequest(f"tokens has {len(given)} ids, at most {limit} become text at once: as many as the model reads")
+            raise InvalidRequest(f"tokens has {len(given)} ids, at most {limit} become text at once: as many as the model reads",
+                                 param="tokens")
         ids = intake.checked_ids(given, "tokens")
         return JSONResponse({"prompt": await asyncio.to_thread(intake.decode, ids)})

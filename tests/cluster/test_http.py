@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 from dataclasses import replace
@@ -11,9 +12,10 @@ import httpx
 import openai
 import pytest
 
+from kvbank.cluster.client import Client
 from kvbank.cluster.http.server import GatewayServer
 from kvbank.cluster.intake import Intake
-from kvbank.errors import ConfigError, Overloaded
+from kvbank.errors import ConfigError, InvalidRequest, Overloaded
 
 PROMPT = [1, 2, 3]
 
@@ -323,6 +325,37 @@ def test_what_is_not_supported_is_refused_by_name(make_worker, make_server, fiel
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["code"] == "invalid_request"
     assert answer.json()["error"]["type"] == "invalid_request_error" and not worker.seen
+    assert re.match(r"[a-z_]+", answer.json()["error"]["param"])[0] in field
+
+
+@pytest.mark.parametrize(("path", "body", "param"), [
+    ("completions", {"prompt": [{"text": "a"}, {"text": 5}]}, "prompt[1].text"),
+    ("completions", {"prompt": [{"text": "a", "reusable": "no"}]}, "prompt[0].reusable"),
+    ("completions", {"prompt": [{"token_ids": [5, 10**9]}]}, "prompt[0]"),
+    ("completions", {"prompt": "\ud800"}, "prompt"),
+    ("completions", {"stop": ["a", ""]}, "stop[1]"), ("completions", {"stop": ["\udfff"]}, "stop[0]"),
+    ("completions", {"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ("completions", {"stream_options": {"other": 1}}, "stream_options.other"),
+    ("completions", {"stop_token_ids": [-1]}, "stop_token_ids"), ("completions", {"a\ud800": 1}, None),
+    ("completions", {"x" * 41: 1}, None), ("completions", {"model": "another"}, "model"),
+    ("completions", {"max_tokens": 10**6}, None),           # it is the sum that is too long
+    ("jobs", {"deadline_s": -1}, "deadline_s"), ("jobs", {"policy": "none"}, "policy"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "a"}, {"role": "x", "content": "a"}]}, "messages[1].role"),
+    ("chat/completions", {"messages": [{"role": "user"}]}, "messages[0].content"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "a", "name": 5}]}, "messages[0].name"),
+    ("chat/completions", {"messages": "a"}, "messages"), ("chat/completions", {"top_logprobs": 5}, "top_logprobs"),
+])
+def test_an_error_names_the_field_at_fault(make_worker, make_server, path, body, param) -> None:
+    address = make_server(make_worker("worker-0")).address
+    given = {"messages": [{"role": "user", "content": "a"}]} if path.startswith("chat") else {"prompt": PROMPT}
+    answer = httpx.post(f"{address}/v1/{path}", content=json.dumps({**given, **body}))
+    assert answer.status_code in (400, 404) and answer.json()["error"]["param"] == param, answer.text
+
+
+def test_a_client_hears_which_field_it_was(make_worker, make_server) -> None:
+    with Client(make_server(make_worker("worker-0")).address) as client, pytest.raises(InvalidRequest) as caught:
+        client.submit(PROMPT, temperature=9)
+    assert caught.value.param == "temperature"
 
 
 # -- malformed bodies --------------------------------------------------------------------------------------------------
