@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from kvbank.cluster.links import Links
-from kvbank.cluster.submit_line import Lane
+from kvbank.cluster.submit_line import Lane, SubmitLine
 from kvbank.kvstore.transport import rpc
 from kvbank.kvstore.transport.badge import Badge
 from kvbank.proto import jobs_pb2 as pb
@@ -138,12 +138,34 @@ def test_the_wrong_token_is_heard_as_such(make_worker) -> None:
 
     async def play() -> None:
         links = Links("cd" * 16)
-        with pytest.raises(LaneLost, match="unauthenticated"):
+        with pytest.raises(LaneLost, match=r"unauthenticated|stream_ended"):      # the latter: see the next test
             await to_the_end(Attempt(links.submit(worker.address), 1))
         await links.close()
 
     asyncio.run(play())
     assert not worker.seen
+
+
+@pytest.mark.parametrize(("details", "reason"), [("Internal error from Core", "stream_ended"), ("a bug", "internal")])
+def test_a_stream_that_ended_under_a_message_is_not_called_internal(details, reason) -> None:
+    """grpc.aio forgets the status that ended a call when a message was just being written to it."""
+
+    class Ended:
+        async def read(self) -> None:
+            metadata = grpc.aio.Metadata()
+            raise grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, metadata, metadata, details=details)
+
+        async def write(self, message: pb.SubmitRequests) -> None:
+            """It is not asked to the end."""
+
+        def cancel(self) -> None:
+            """It is over."""
+
+    async def play() -> None:
+        with pytest.raises(LaneLost, match=reason):
+            await Attempt(SubmitLine(Ended(), channel=None).lane(), 1).read()
+
+    asyncio.run(play())
 
 
 def test_after_the_certificates_were_renewed_old_lanes_go_on_and_new_ones_get_a_new_stream(
