@@ -9,6 +9,7 @@ A line asks for so many tokens of each job, a line answers: tokens per second of
 from __future__ import annotations
 
 import json
+import os
 import queue
 import random
 import socket
@@ -21,6 +22,8 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from kvbank.cluster.config import child_env
 
 STREAMS, PROMPT_TOKENS, BLOCKS = 8, 16, 1024
 PROGRAM = str(Path(__file__).resolve())
@@ -38,10 +41,12 @@ class Direct:
     def decode(self, tokens: int) -> float:
         """Tokens per second of STREAMS jobs together, each of `tokens` tokens after a prompt that nobody has seen."""
         self._socket.sendall(f"{tokens}\n".encode())
-        answer = json.loads(self._lines.readline())
-        if not isinstance(answer, float):
-            raise RuntimeError(f"the engine called directly: {answer}")
-        return answer
+        answer = self._lines.readline()
+        if not answer.endswith("\n"):
+            raise RuntimeError("the process of the engine called directly has ended")
+        if not isinstance(rate := json.loads(answer), float):
+            raise RuntimeError(f"the engine called directly: {rate}")
+        return rate
 
     def close(self) -> None:
         self._lines.close()
@@ -50,8 +55,9 @@ class Direct:
 
 @contextmanager
 def alone(path: Path, model: Path) -> Iterator[Direct]:
-    """An engine in a process of its own."""
-    with subprocess.Popen([sys.executable, "-P", PROGRAM, str(path), str(model)], stdout=subprocess.PIPE) as process:
+    """An engine in a process of its own, with the environment of a member. It ends with this one, whatever ends this one."""
+    command, environment = [sys.executable, "-P", PROGRAM, str(path), str(model)], child_env("bench", 1)
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             if not process.stdout.readline():
@@ -69,6 +75,7 @@ class _Answers:
     def __init__(self, engine: Any, vocab: int, path: str) -> None:
         self._engine, self._vocab, self._rng, self._names = engine, vocab, random.Random(path), count()
         self._asked: queue.SimpleQueue[tuple[int, queue.SimpleQueue[Any]]] = queue.SimpleQueue()
+        Path(path).unlink(missing_ok=True)               # a worker that died is started again
         listening = socket.socket(socket.AF_UNIX)
         listening.bind(path)
         listening.listen()
@@ -129,6 +136,7 @@ def _alone(path: str, model: str) -> None:
     from kvbank.workers.config import WorkerConfig
     from kvbank.workers.models.config_reader import read_config
 
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     engine = build_engine(WorkerConfig(model=model, device_blocks=BLOCKS))
     answers = _Answers(engine, read_config(model).vocab_size, path)

@@ -137,7 +137,7 @@ class Reader:
 def _tokens(answer: bytes) -> int:
     """How many came."""
     chunks = [json.loads(line) for line in re.findall(rb"data: (\{.*\})\n", answer)]
-    return sum(len(choice["token_ids"]) for chunk in chunks for choice in chunk["choices"])
+    return sum(len(choice["token_ids"]) for chunk in chunks for choice in chunk.get("choices", ()))     # an error has none
 
 
 class Engine:
@@ -164,13 +164,13 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     clusters, repeats, tokens, looks, firsts = (1, 3, 24, 1, 20) if report.args.quick else (5, 3, 128, 8, 60)
     figures: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as temp:
+    with tempfile.TemporaryDirectory() as temp, tempfile.TemporaryDirectory(dir="/tmp") as short:      # a socket's path is short
         folder = write_model(Path(temp) / "model")
         tracing = {"exporter": "file", "trace_dir": str(Path(temp) / "traces")}
         seen: dict[str, list[dict[str, float]]] = {"decode": [], "traced decode": []}
         for kind, settings in (("decode", {}), ("traced decode", tracing)):
             for _ in range(clusters):
-                seen[kind].append(_decode(folder, Path(temp), repeats, tokens, **settings))
+                seen[kind].append(_decode(folder, Path(short) / "engine", repeats, tokens, **settings))
                 report.line(step=kind, streams=STREAMS, tokens=tokens, **{k: round(v, 1) for k, v in seen[kind][-1].items()})
         small = write_random_model(Path(temp) / "small", seed=7, vocab=SMALL_VOCAB)
         with _cluster(small) as cluster:
@@ -196,25 +196,24 @@ def main(argv: list[str] | None = None) -> int:
     figures["freed_after_leaving_ms"] = round(statistics.median(left), 1)
     report.goal("decode_loss", "<=", 0.05)
     report.goal("decode_loss_traced", "<=", 0.08)
+    report.goal("decode_loss_in_workers_process", "<=", 0.05)
     report.goal("ttft_added_ms", "<=", 3.0)
     report.goal("freed_after_leaving_ms_max", "<=", 1000.0)
     return report.finish(figures)
 
 
-def _decode(folder: Path, temp: Path, repeats: int, tokens: int, **settings: Any) -> dict[str, float]:
-    """Tokens per second of each side over all turns: an engine alone, then, in turns, a worker's engine and its gateway."""
-    path = temp / "direct"                               # one at a time listens there
+def _decode(folder: Path, path: Path, repeats: int, tokens: int, **settings: Any) -> dict[str, float]:
+    """Tokens per second of each side over all turns: an engine alone, then, in turns, a worker's engine and its gateway. path:
+    of the socket that both listen at, one after the other."""
     with alone(path, folder) as engine:
         engine.decode(tokens)                            # warm-up
         by_itself = statistics.harmonic_mean([engine.decode(tokens) for _ in range(repeats)])
-    path.unlink()
     with _cluster(folder, path, **settings) as cluster:
         direct, reader = Direct(path), Reader(cluster.address, VOCAB)
         direct.decode(tokens), reader.decode(tokens)     # warm-up of both
         rates = interleaved(repeats, middle=statistics.harmonic_mean, engine=lambda: direct.decode(tokens),
                             gateway=lambda: reader.decode(tokens))
         direct.close()
-    path.unlink()
     return {"alone": by_itself, **rates}
 
 
