@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 ENVELOPE_BYTES = 8                           # around a request in a message, at most
 MESSAGE_BYTES = MAX_MESSAGE_BYTES - 1024     # for requests; one has to hold a whole job
-_UNTOLD = "Internal error from Core"          # grpc.aio's words when a call ended while something was written to it
+_UNTOLD = 'Failed "execute_batch"'            # grpc.aio's words when a call ended while something was written to it
 _LAST_WORDS = frozenset({"done", "failed", "lost"})
 
 
@@ -138,7 +138,8 @@ class SubmitLine:
                 for reply in message.replies:
                     self._hand_out(reply)
         except grpc.aio.AioRpcError as error:
-            lost = "stream_ended" if error.details() == _UNTOLD else error.code().name.lower()
+            told = (error.debug_error_string() or "").startswith(_UNTOLD)
+            lost = "stream_ended" if told else error.code().name.lower()
         except asyncio.CancelledError:               # the call was cancelled, or this task: the line is over either way
             lost = "call_cancelled"
         except Exception:                            # without its reader the line would be silent for ever

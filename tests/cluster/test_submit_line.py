@@ -146,14 +146,15 @@ def test_the_wrong_token_is_heard_as_such(make_worker) -> None:
     assert not worker.seen
 
 
-@pytest.mark.parametrize(("details", "reason"), [("Internal error from Core", "stream_ended"), ("a bug", "internal")])
-def test_a_stream_that_ended_under_a_message_is_not_called_internal(details, reason) -> None:
+@pytest.mark.parametrize(("debug", "reason"), [('Failed "execute_batch": (...)', "stream_ended"), ("a bug", "internal"),
+                                               (None, "internal")])
+def test_a_stream_that_ended_under_a_message_is_not_called_internal(debug, reason) -> None:
     """grpc.aio forgets the status that ended a call when a message was just being written to it."""
 
     class Ended:
         async def read(self) -> None:
             metadata = grpc.aio.Metadata()
-            raise grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, metadata, metadata, details=details)
+            raise grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, metadata, metadata, debug_error_string=debug)
 
         async def write(self, message: pb.SubmitRequests) -> None:
             """It is not asked to the end."""
