@@ -46,14 +46,14 @@ def _items(prompt: Any) -> list[Any]:
     if not isinstance(prompt, (bytes, bytearray, memoryview, Mapping, Set)):
         with suppress(TypeError):
             return list(prompt)
-    raise InvalidRequest(f"a prompt is a string, token ids or Segments, not {type(prompt).__name__}")
+    raise InvalidRequest(f"a prompt is a string, token ids or Segments, not {type(prompt).__name__}", param="prompt")
 
 
 def _segment(part: Any) -> Segment:
     if isinstance(part, str):
         return Segment(part, reusable=False)
     if not isinstance(part, Segment):
-        raise InvalidRequest("a prompt of Segments may hold Segments and strings only")
+        raise InvalidRequest("a prompt of Segments may hold Segments and strings only", param="prompt")
     return part
 
 
@@ -62,7 +62,7 @@ def _integer(value: Any) -> int:
     try:
         return int(value.__index__())
     except (AttributeError, TypeError):
-        raise InvalidRequest(f"token ids are integers, not {type(value).__name__}") from None
+        raise InvalidRequest(f"token ids are integers, not {type(value).__name__}", param="prompt") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -216,7 +216,7 @@ def job_body(given: dict[str, Any]) -> dict[str, Any]:
     body.setdefault("job_id", f"job-{uuid.uuid4().hex}")
     for name in ("temperature", "top_p", "deadline_s"):
         if isinstance(body.get(name), float) and not math.isfinite(body[name]):
-            raise InvalidRequest(f"{name} must be a finite number, not {body[name]}")
+            raise InvalidRequest(f"{name} must be a finite number, not {body[name]}", param=name)
     return body
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from kvbank.errors import InvalidRequest
 
 MAX_DEPTH = 32                       # of a JSON body; ours need six
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,39}")
 
 
 class Fields:
@@ -114,6 +114,8 @@ def check_text(text: str, where: str) -> None:
 
 def shown(value: Any) -> str:
     """A value for an error message: short, printable, and never a prompt."""
+    if value is None:
+        return "null"
     if isinstance(value, (bool, int, float)):
         text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
         return text

@@ -119,7 +119,7 @@ class Gateway:
         """
         if spec.job_id is not None and (known := self._jobs.get((spec.tenant, spec.job_id))) is not None:
             if known.spec.fingerprint != spec.fingerprint:
-                raise InvalidRequest("this job_id names another request; use a new one")
+                raise InvalidRequest("this job_id names another request; use a new one", param="job_id")
             if not known.left or (known.over and known.error is None):
                 return known
             if not known.over:
@@ -130,6 +130,9 @@ class Gateway:
         """Admit the new jobs of one request, all of one tenant: all or none, and a request that is refused costs nothing."""
         if self._stopping:
             raise Unavailable("the cluster is stopping")
+        if len(specs) > self.limits.max_jobs:
+            raise InvalidRequest(f"this request has {len(specs)} choices, and {self.limits.max_jobs} jobs may wait or run "
+                                 "at once; ask for fewer, or raise http.max_jobs")
         try:
             if self.live + len(specs) > self.limits.max_jobs:
                 raise Overloaded(f"{self.live} jobs are waiting or running, and {self.limits.max_jobs} is the limit; retry later",

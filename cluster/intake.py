@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 from kvbank.cluster.fields import Fields, check_text, shown
 from kvbank.cluster.prompts import (
+    MESSAGES,
+    PROMPT,
     SLOW,
     WIRE_TOKENS,
     Encode,
@@ -146,12 +148,12 @@ class Intake:
 
     async def spec(
         self, body: Mapping[str, Any], *, tenant: str, temperature: float = 0.0, max_tokens: int = 16,
-        fitting: bool = False, logprobs: int | None = None,
+        fitting: bool = False, logprobs: int | None = None, where: str = PROMPT,
     ) -> JobSpec:
         """The job that `body` asks for. Raises InvalidRequest.
 
         temperature, max_tokens: the dialect's defaults. fitting: the default of max_tokens is cut to the room that is left.
-        body["prompt"]: what a caller may send, or a Rendered.
+        body["prompt"]: what a caller may send, or a Rendered; where: its path in the request.
         """
         fields = Fields(body)
         fields.refuse_unknown(SPEC_FIELDS)
@@ -185,11 +187,11 @@ class Intake:
             "logprobs": logprobs,
         }
         deadline_s = fields.number("deadline_s", None, low=0.0, high=30 * 86_400.0, open_low=True)
-        prompt, segments = await self._read(body.get("prompt"), tenant)
+        prompt, segments = await self._read(body.get("prompt"), tenant, where)
         if wanted is None:
             wanted = max(1, min(max_tokens, self.room_tokens() - len(prompt) // 4)) if fitting else max_tokens
         sampling["max_tokens"] = wanted
-        self._check_length(len(prompt) // 4, sampling["max_tokens"])
+        self._check_length(len(prompt) // 4, sampling["max_tokens"], where)
         return JobSpec(
             tenant=tenant, prompt=prompt, segments=segments, deadline_s=deadline_s, job_id=job_id,
             **sampling,
@@ -198,23 +200,27 @@ class Intake:
     async def chat(self, messages: Any, *, tenant: str, add_generation_prompt: bool = True) -> Rendered:
         """Messages as the model's chat template writes them. Raises InvalidRequest, Overloaded."""
         checked = chat_messages(messages)    # threads of their own: a slow template holds up chats and nothing else
-        return Rendered(await self._renderers.run(tenant, self._render, checked, add_generation_prompt))
+        try:
+            return Rendered(await self._renderers.run(tenant, self._render, checked, add_generation_prompt))
+        except InvalidRequest as error:      # the template's own words
+            error.param = MESSAGES
+            raise
 
     async def token_ids(self, prompt: Any, *, tenant: str) -> list[int]:
         """What `prompt` becomes, however long it is. Raises InvalidRequest, Overloaded."""
-        ids, _ = await self._read(prompt, tenant)
+        ids, _ = await self._read(prompt, tenant, MESSAGES if isinstance(prompt, Rendered) else PROMPT)
         return list(memoryview(ids).cast("i"))
 
-    async def prompt_text(self, prompt: Any, *, tenant: str) -> str:
-        """What a prompt says, in text; token ids are decoded. Raises InvalidRequest, Overloaded."""
-        await self._read(prompt, tenant)             # it is one
+    async def prompt_text(self, prompt: Any, *, tenant: str, where: str) -> str:
+        """What a prompt says, in text; token ids are decoded. where: as for `spec`. Raises InvalidRequest, Overloaded."""
+        await self._read(prompt, tenant, where)      # it is one
         return await asyncio.to_thread(self._text_of, prompt)
 
-    async def _read(self, prompt: Any, tenant: str) -> tuple[bytes, tuple[PromptSegment, ...]]:
+    async def _read(self, prompt: Any, tenant: str, where: str) -> tuple[bytes, tuple[PromptSegment, ...]]:
         """Its ids and segments. Long ones are read on threads, the tenants by turns. Raises InvalidRequest, Overloaded."""
         if size(prompt) <= SLOW:
-            return read_prompt(prompt, self._encode, self.facts.vocab_size)
-        return await self._readers.run(tenant, read_prompt, prompt, self._encode, self.facts.vocab_size)
+            return read_prompt(prompt, self._encode, self.facts.vocab_size, where)
+        return await self._readers.run(tenant, read_prompt, prompt, self._encode, self.facts.vocab_size, where)
 
     def _text_of(self, prompt: Any) -> str:
         pieces = [prompt] if isinstance(prompt, str) or not isinstance(prompt[0], dict) else prompt
@@ -239,26 +245,30 @@ class Intake:
         token_bytes(ids, where, self.facts.vocab_size)
         return tuple(ids)
 
-    def _check_length(self, prompt: int, output: int) -> None:
+    def _check_length(self, prompt: int, output: int, where: str) -> None:
         total = prompt + output
+        param = where if prompt >= self.room_tokens() else None           # else it is the sum of two
         if total > (limit := self.facts.max_position):
             raise TooLong(
                 f"the prompt has {prompt} tokens and max_tokens is {output}: {total} together, the model reads "
-                f"{limit}; shorten the prompt or ask for at most {max(0, limit - prompt)} tokens"
+                f"{limit}; shorten the prompt or ask for at most {max(0, limit - prompt)} tokens",
+                param=param,
             )
         if total > WIRE_TOKENS:
             raise TooLong(f"the prompt has {prompt} tokens and max_tokens is {output}: {total} together, a job has at most "
-                          f"{WIRE_TOKENS}; shorten the prompt, or ask for fewer")
+                          f"{WIRE_TOKENS}; shorten the prompt, or ask for fewer", param=param)
         if self._max_job_tokens is not None and total > self._max_job_tokens:
             raise TooLong(
                 f"the prompt has {prompt} tokens and max_tokens is {output}: {total} together, this server takes "
-                f"{self._max_job_tokens} a job; shorten the prompt, ask for fewer, or raise http.max_job_tokens"
+                f"{self._max_job_tokens} a job; shorten the prompt, ask for fewer, or raise http.max_job_tokens",
+                param=param,
             )
         capacity = self._capacity_tokens()
         if capacity is not None and total > capacity:
             raise TooLong(
                 f"the prompt has {prompt} tokens and max_tokens is {output}: {total} together, the whole cluster holds "
-                f"{capacity}; start more workers, lenders or blocks, or shorten the prompt"
+                f"{capacity}; start more workers, lenders or blocks, or shorten the prompt",
+                param=param,
             )
 
 
@@ -269,8 +279,8 @@ def _stop(stop: Any) -> tuple[str, ...]:
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) for s in stops):
         raise InvalidRequest(f"stop must be a string or a list of at most {MAX_STOPS} strings", param="stop")
     for number, text in enumerate(stops):
+        where = "stop" if text is stop else f"stop[{number}]"
         if not 1 <= len(text) <= MAX_STOP_CHARS:
-            raise InvalidRequest(f"stop[{number}] has {len(text)} characters; 1 to {MAX_STOP_CHARS} are allowed",
-                                 param=f"stop[{number}]")
-        check_text(text, f"stop[{number}]")
+            raise InvalidRequest(f"{where} has {len(text)} characters; 1 to {MAX_STOP_CHARS} are allowed", param=where)
+        check_text(text, where)
     return tuple(stops)

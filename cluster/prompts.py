@@ -16,10 +16,12 @@ from typing import Any
 from kvbank.cluster.fields import Fields, check_text, shown
 from kvbank.errors import InvalidRequest, TooLong
 
+PROMPT, MESSAGES = "prompt", "messages"      # the fields that hold them
 MAX_SEGMENTS = 4096
 WIRE_TOKENS = 900_000                # one Submit message is at most 4 MiB, ids are 4 bytes
 SLOW = 1 << 12                       # characters and ids; longer prompts are read off the event loop (2 us a character)
 MAX_MESSAGES = 4096                  # of one chat
+_EMPTY = frozenset({"annotations", "tool_calls"})     # lists in answers that come back as history, as long as nothing is in them
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}     # as templates know them
 
 Encode = Callable[[str, bool], list[int]]    # (text, at the start of the prompt) -> token ids; lets other threads run meanwhile
@@ -51,37 +53,45 @@ def size(prompt: Any) -> int:
                              if isinstance(inner, (str, list)))
 
 
-def read_prompt(prompt: Any, encode: Encode, vocab: int) -> tuple[bytes, tuple[PromptSegment, ...]]:
-    """The ids of what a caller may send as prompt, or of a Rendered; and its segments, where it came in some."""
+def read_prompt(prompt: Any, encode: Encode, vocab: int, where: str = PROMPT) -> tuple[bytes, tuple[PromptSegment, ...]]:
+    """The ids of what a caller may send as prompt, or of a Rendered; and its segments, where it came in some. where: its path in
+    the request."""
     if prompt is None:
-        raise InvalidRequest("prompt is missing", param="prompt")
+        raise InvalidRequest(f"{where} is missing", param=where)
     if isinstance(prompt, Rendered):
-        check_text(prompt.text, "messages")
-        made = token_bytes(encode(prompt.text, False), "messages", vocab)
+        check_text(prompt.text, where)
+        made = token_bytes(encode(prompt.text, False), where, vocab)
         if not made:
-            raise InvalidRequest("the chat template made no prompt of these messages; send some text", param="messages")
+            raise InvalidRequest("the chat template made no prompt of these messages; send some text", param=where)
         return made, ()
-    pieces = [{"text": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(pieces, list):
-        raise InvalidRequest("prompt must be a string, a list of token ids, or a list of segments", param="prompt")
-    if not pieces or (isinstance(prompt, str) and not prompt):
-        raise InvalidRequest("the prompt is empty: give at least one token", param="prompt")
-    if not isinstance(pieces[0], dict):
-        return token_bytes(pieces, "prompt", vocab), ()
+    if prompt in ("", []):
+        raise InvalidRequest(f"{where} is empty: give at least one token", param=where)
+    segments: tuple[PromptSegment, ...] = ()
+    if isinstance(prompt, str):
+        made = _text(prompt, where, encode, vocab, at_start=True)
+    elif not isinstance(prompt, list):
+        raise InvalidRequest(f"{where} must be a string, a list of token ids, or a list of segments", param=where)
+    elif isinstance(prompt[0], dict):
+        made, segments = _segments(prompt, where, encode, vocab)
+    else:
+        made = token_bytes(prompt, where, vocab)
+    if not made:
+        raise InvalidRequest(f"{where} is empty: give at least one token", param=where)
+    return made, segments
+
+
+def _segments(pieces: list[Any], where: str, encode: Encode, vocab: int) -> tuple[bytes, tuple[PromptSegment, ...]]:
     if len(pieces) > MAX_SEGMENTS:
-        raise InvalidRequest(f"the prompt has {len(pieces)} segments, at most {MAX_SEGMENTS} are read", param="prompt")
+        raise InvalidRequest(f"{where} has {len(pieces)} segments, at most {MAX_SEGMENTS} are read", param=where)
     parts: list[bytes] = []
     segments: list[PromptSegment] = []
     first = 0
     for number, piece in enumerate(pieces):
-        where = "prompt" if isinstance(prompt, str) else f"prompt[{number}]"
-        ids, reusable = _segment(piece, where, encode, vocab, at_start=first == 0)
+        ids, reusable = _segment(piece, f"{where}[{number}]", encode, vocab, at_start=first == 0)
         parts.append(ids)
         segments.append(PromptSegment(first, first + len(ids) // 4, reusable))
         first = segments[-1].last
-    if first == 0:
-        raise InvalidRequest("the prompt is empty: give at least one token", param="prompt")
-    return b"".join(parts), () if isinstance(prompt, str) else tuple(segments)
+    return b"".join(parts), tuple(segments)
 
 
 def _segment(piece: Any, where: str, encode: Encode, vocab: int, *, at_start: bool) -> tuple[bytes, bool]:
@@ -91,12 +101,15 @@ def _segment(piece: Any, where: str, encode: Encode, vocab: int, *, at_start: bo
         raise InvalidRequest(f"{where} must have either text or token_ids", param=where)
     reusable = Fields(piece, where).flag("reusable", True)
     if "token_ids" in piece:
-        return token_bytes(piece["token_ids"], where, vocab), reusable
-    text = piece["text"]
-    if not isinstance(text, str):
+        return token_bytes(piece["token_ids"], f"{where}.token_ids", vocab), reusable
+    if not isinstance(piece["text"], str):
         raise InvalidRequest(f"{where}.text must be a string", param=f"{where}.text")
+    return _text(piece["text"], f"{where}.text", encode, vocab, at_start=at_start), reusable
+
+
+def _text(text: str, where: str, encode: Encode, vocab: int, *, at_start: bool) -> bytes:
     check_text(text, where)
-    return token_bytes(encode(text, at_start), where, vocab), reusable
+    return token_bytes(encode(text, at_start), where, vocab)
 
 
 def token_bytes(ids: Any, where: str, vocab: int) -> bytes:
@@ -128,7 +141,7 @@ def chat_messages(messages: Any) -> list[dict[str, Any]]:
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise InvalidRequest(f"{where} must be an object with role and content", param=where)
-    given = {name: value for name, value in message.items() if value is not None}
+    given = {name: value for name, value in message.items() if value is not None and not (name in _EMPTY and value == [])}
     if unknown := sorted(set(given) - {"role", "content", "name"}):
         raise InvalidRequest(f"{where}: {shown(unknown[0])} is not supported; a message has role, content and name",
                              param=where)

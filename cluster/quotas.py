@@ -34,7 +34,7 @@ class Quotas:
         account = self._accounts.get(tenant) or _Account(tokens=(self._rate or 0.0) * BURST_S, at=now)
         if self._jobs is not None and jobs > self._jobs:
             raise InvalidRequest(f"this request has {jobs} choices, and this tenant may have {self._jobs} jobs at once; "
-                                 "ask for fewer", param="n")
+                                 "ask for fewer")
         if self._jobs is not None and account.jobs + jobs > self._jobs:
             raise Overloaded(f"this tenant has {account.jobs} jobs waiting or running, which is its limit; "
                              "retry when one is over")

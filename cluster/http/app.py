@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Route
 
 from kvbank.cluster.fields import parse_json
 from kvbank.cluster.gateway import Gateway
@@ -29,9 +31,10 @@ from kvbank.errors import Cancelled, DeadlineExceeded, InvalidRequest, KVBankErr
 
 log = logging.getLogger(__name__)
 
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-          405: "invalid_request_error", 409: "conflict_error", 413: "invalid_request_error", 429: "rate_limit_error",
-          431: "invalid_request_error", 504: "timeout_error"}
+_DIGITS = re.compile("[0-9]{1,10}")
+
+_TYPES = {**dict.fromkeys((400, 405, 408, 413, 431), "invalid_request_error"), 401: "authentication_error",
+          403: "permission_error", 404: "not_found_error", 409: "conflict_error", 429: "rate_limit_error", 504: "timeout_error"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +114,7 @@ async def read_body(request: Request, limits: HttpLimits) -> dict[str, Any]:
                 else:
                     parts.append(part)
     except TimeoutError:
-        raise InvalidRequest(f"the body did not arrive within {limits.body_s:g} s") from None
+        raise BodyTooLate(f"the body did not arrive within {limits.body_s:g} s") from None
     if too_big:
         raise BodyTooLarge(
             f"the body is larger than {limits.body_bytes} bytes; send a shorter prompt, or raise http.max_body_bytes"
@@ -131,6 +134,22 @@ def query_number(request: Request, name: str, default: float, high: float) -> fl
     if not 0 <= value <= high:
         raise InvalidRequest(f"{name} must be from 0 to {high:g}", param=name)
     return value
+
+
+def query_integer(request: Request, name: str, default: int, high: int) -> int:
+    """As query_number."""
+    given = request.query_params.get(name)
+    if given is None:
+        return default
+    if not _DIGITS.fullmatch(given) or int(given) > high:
+        raise InvalidRequest(f"{name} must be an integer from 0 to {high}", param=name)
+    return int(given)
+
+
+class BodyTooLate(InvalidRequest):
+    """The request body did not arrive in time."""
+
+    http_status = 408
 
 
 class BodyTooLarge(InvalidRequest):
@@ -167,7 +186,16 @@ async def _answer_http_error(request: Request, error: HTTPException) -> Response
     request.app.state.meters.refused(said.code)
     body = error_body(said)
     body["error"]["type"] = _TYPES.get(error.status_code, body["error"]["type"])
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:         # each route has one method, and Starlette names that of the first
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
+    return JSONResponse(body, status_code=error.status_code, headers=headers)
+
+
+def _methods(request: Request) -> set[str]:
+    """What the path of this request takes."""
+    routes = [route for route in request.app.router.routes if isinstance(route, Route)]
+    return {method for route in routes if route.matches(request.scope)[0] is not Match.NONE for method in route.methods or ()}
 
 
 async def _answer_nobody(_request: Request, _error: Exception) -> Response:
@@ -176,4 +204,7 @@ async def _answer_nobody(_request: Request, _error: Exception) -> Response:
 
 async def _answer_unknown_error(request: Request, _error: Exception) -> Response:
     request.app.state.meters.refused(KVBankError.code)
-    return JSONResponse(error_body(KVBankError("an internal error; the gateway's log has it")), status_code=500)
+    request_id = request.state.request_id
+    log.error("request_failed request_id=%s", request_id)            # the server logs the error itself
+    said = KVBankError(f"an internal error; the gateway's log has it, beside the request_id {request_id}")
+    return JSONResponse(error_body(said), status_code=500, headers={"x-request-id": request_id})

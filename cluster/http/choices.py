@@ -23,6 +23,7 @@ from kvbank.cluster.http.app import Front, error_body
 from kvbank.cluster.http.events import DONE, KEEP_ALIVE, EventStream, Form, event, unless_left
 from kvbank.cluster.intake import SEEDS, SPEC_FIELDS, JobSpec
 from kvbank.cluster.job import Job
+from kvbank.cluster.prompts import MESSAGES, PROMPT
 from kvbank.errors import InvalidRequest, NotFound
 
 OWN = frozenset({"model", "stream", "stream_options", "n", "return_token_ids", "max_completion_tokens"})
@@ -97,6 +98,13 @@ def check_count(front: Front, body: Mapping[str, Any], prompts: Sequence[Any]) -
     return n
 
 
+def paths(body: Mapping[str, Any], prompts: Sequence[Any]) -> list[str]:
+    """Where each prompt stands in the request."""
+    if "messages" in body:
+        return [MESSAGES]
+    return [f"{PROMPT}[{number}]" for number in range(len(prompts))] if prompts is body.get("prompt") else [PROMPT]
+
+
 async def submit(
     front: Front, body: Mapping[str, Any], prompts: Sequence[Any], tenant: str, *, max_tokens: int,
     fitting: bool = False, logprobs: int | None,
@@ -108,14 +116,16 @@ async def submit(
         raise InvalidRequest("job_id names one job: send one prompt and n=1", param="job_id")
     common = {name: body[name] for name in SPEC_FIELDS if name in body} | _max_tokens(body)
     specs: list[JobSpec] = []
-    for prompt in prompts:
+    if fitting and logprobs is not None:             # a limit that nobody asked for refuses nothing
+        max_tokens = min(max_tokens, MAX_TOLD // (len(prompts) * n * (1 + logprobs)))
+    for prompt, where in zip(prompts, paths(body, prompts), strict=True):
         spec = await front.intake.spec({**common, "prompt": prompt}, tenant=tenant, temperature=1.0, max_tokens=max_tokens,
-                                       fitting=fitting, logprobs=logprobs)
+                                       fitting=fitting, logprobs=logprobs, where=where)
         specs += [spec if not copy or spec.seed is None else replace(spec, seed=(spec.seed + copy) % SEEDS)
                   for copy in range(n)]
     if logprobs is not None and (told := sum(spec.max_tokens for spec in specs) * (1 + logprobs)) > MAX_TOLD:
         raise InvalidRequest(f"choices x max_tokens x (1 + likely tokens) is {told}, at most {MAX_TOLD} log-probabilities are "
-                             "told in one answer; ask for fewer tokens, choices or likely tokens", param="logprobs")
+                             "told in one answer; ask for fewer tokens, choices or likely tokens")
     return [front.gateway.submit(specs[0])] if len(specs) == 1 else front.gateway.submit_all(specs)
 
 
@@ -211,7 +221,8 @@ class Choices:
         return event(self._chunk_data(choice, ids, **more))
 
     def _chunk_data(self, choice: dict[str, Any], ids: list[int], **more: Any) -> dict[str, Any]:
-        return {**self._head(self._shape.chunk), "choices": [self._with_ids(choice, ids)], **more}
+        usage = {"usage": None} if self.wish.usage else {}           # of the whole answer: in a chunk of its own
+        return {**self._head(self._shape.chunk), "choices": [self._with_ids(choice, ids)], **usage, **more}
 
     def _head(self, kind: str) -> dict[str, Any]:
         first = self._jobs[0]
@@ -246,10 +257,12 @@ def _max_tokens(body: Mapping[str, Any]) -> dict[str, Any]:
     old, new = body.get("max_tokens"), body.get("max_completion_tokens")
     if new is None:
         return {}
+    fields = Fields(body)
+    for name in ("max_tokens", "max_completion_tokens"):
+        fields.integer(name, None, low=1, high=2**31 - 1)
     if old is not None and old != new:
         raise InvalidRequest("max_tokens and max_completion_tokens are two names of one limit: send one of them",
                              param="max_completion_tokens")
-    Fields(body).integer("max_completion_tokens", None, low=1, high=2**31 - 1)
     return {"max_tokens": new}
 
 

@@ -127,6 +127,7 @@ class Door:
 
 class OriginGuard:
     """Keeps foreign web pages away, on every method and route, and says on every answer what a page of ours may do.
+    Gives every request an id, so that its caller can name it: OpenAI's client shows x-request-id.
 
     A page can make a browser post to 127.0.0.1, and DNS rebinding makes that page's own name point there. hosts: the names
     that are answered to, and whose pages may ask; None where keys are asked for and no name was configured: a page has no key
@@ -142,7 +143,9 @@ class OriginGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        extra = _PAGE_HEADERS if scope["path"].startswith(PAGES) else _API_HEADERS
+        request_id = secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
+        extra = [*(_PAGE_HEADERS if scope["path"].startswith(PAGES) else _API_HEADERS), (b"x-request-id", request_id.encode())]
 
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":

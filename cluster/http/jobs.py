@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from kvbank.cluster.follow import END, follow
-from kvbank.cluster.http.app import Front, error_body, query_number, read_body
+from kvbank.cluster.http.app import Front, error_body, query_integer, query_number, read_body
 from kvbank.cluster.http.events import KEEP_ALIVE, EventStream, event, unless_left
 from kvbank.cluster.http.routes import Routes
 from kvbank.cluster.job import Job
@@ -61,9 +61,10 @@ def routes(front: Front) -> Routes:
     async def stream(request: Request) -> Response:
         job = job_of(request)
         last = request.headers.get("last-event-id", "")
-        first = int(query_number(request, "from", float(last) if _INDEX.fullmatch(last) else 0.0, 2**31))
+        first = query_integer(request, "from", int(last) if _INDEX.fullmatch(last) else 0, 2**31)
         if first > len(job.ids):
-            raise InvalidRequest(f"the job has {len(job.ids)} tokens so far, there is no token {first}", param="from")
+            raise InvalidRequest(f"the job has {len(job.ids)} tokens so far, there is no token {first}",
+                                 param="from" if "from" in request.query_params else None)
         return EventStream(_events(job, first, front.limits.quiet_s))
 
     @made.delete("/{job_id}")

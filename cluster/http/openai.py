@@ -16,7 +16,18 @@ from kvbank.cluster.fields import Fields
 from kvbank.cluster.follow import Piece
 from kvbank.cluster.http import chat, choices, openapi, tokens
 from kvbank.cluster.http.app import Front, read_body
-from kvbank.cluster.http.choices import Choices, Wish, check, check_count, check_model, finish_reason, read_wish, respond, submit
+from kvbank.cluster.http.choices import (
+    Choices,
+    Wish,
+    check,
+    check_count,
+    check_model,
+    finish_reason,
+    paths,
+    read_wish,
+    respond,
+    submit,
+)
 from kvbank.cluster.http.logprobs import Offsets, completion_logprobs, wanted_by_completion
 from kvbank.cluster.http.routes import Routes
 from kvbank.cluster.job import Job
@@ -66,7 +77,8 @@ async def _begin(front: Front, body: dict[str, Any], tenant: str) -> Choices:
         raise InvalidRequest("echo together with logprobs is not supported: the prompt's own log-probabilities are not kept",
                              param="logprobs")
     check_count(front, body, prompts)
-    said = [await front.intake.prompt_text(prompt, tenant=tenant) for prompt in prompts] if echo else [""] * len(prompts)
+    said = [await front.intake.prompt_text(prompt, tenant=tenant, where=where)
+            for prompt, where in zip(prompts, paths(body, prompts), strict=True)] if echo else [""] * len(prompts)
     jobs = await submit(front, body, prompts, tenant, max_tokens=16, logprobs=wish.logprobs)
     echoes = [text for text in said for _ in range(len(jobs) // len(prompts))]
     return Choices(front, jobs, wish, _Text(front, echoes, wish))

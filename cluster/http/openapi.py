@@ -29,6 +29,7 @@ from kvbank.kvstore.idle import MAX_PIN_S
 _JSON, _EVENTS = "application/json", "text/event-stream"
 _ERRORS = {"400": "Something in the request is not understood, not supported or too long.", "401": "The key is missing or wrong.",
            "403": "The key may not do this.", "404": "There is no such model, job or route.",
+           "408": "The body did not arrive in time.",
            "413": "The body is too large.", "429": "Too many jobs; the header Retry-After says when to come back.",
            "503": "Nobody can serve this now.", "504": "The deadline passed."}
 
@@ -50,7 +51,7 @@ _WAIT = {"wait_s": {"type": "number", "minimum": 0, "maximum": 60, "description"
 _FROM = {"from": {"type": "integer", "minimum": 0, "description": "Index of the first token to send; default 0."}}
 _TERM = {"term_s": {"type": "number", "minimum": 0, "maximum": MAX_PIN_S, "default": PIN_S,
                     "description": "Seconds, rounded up; 0 ends it."}}
-_WORK = ("400", "413", "429", "503", "504")
+_WORK = ("400", "408", "413", "429", "503", "504")
 _ROUTES = {
     ("GET", "/health"): _Told("Whether anybody can be served", "Health", errors=("503",)),
     ("HEAD", "/health"): _Told("Whether anybody can be served, without a word", errors=("503",)),
@@ -61,10 +62,10 @@ _ROUTES = {
     ("POST", "/v1/chat/completions"): _Told("Answer a chat", "ChatCompletion", "ChatRequest", "ChatCompletionChunk",
                                             errors=("404", *_WORK)),
     ("POST", "/tokenize"): _Told("The tokens of a prompt or a chat", "Tokenized", "TokenizeRequest",
-                                 errors=("400", "404", "413")),
-    ("POST", "/detokenize"): _Told("The text of tokens", "Detokenized", "DetokenizeRequest", errors=("400", "404", "413")),
+                                 errors=("400", "404", "408", "413")),
+    ("POST", "/detokenize"): _Told("The text of tokens", "Detokenized", "DetokenizeRequest", errors=("400", "404", "408", "413")),
     ("POST", "/v1/jobs"): _Told("Submit a job that lives without a connection", "Job", "JobRequest", status="202",
-                                errors=("400", "413", "429", "503")),
+                                errors=("400", "408", "413", "429", "503")),
     ("GET", "/v1/jobs"): _Told("This tenant's jobs, oldest first", "Jobs"),
     ("GET", "/v1/jobs/{job_id}"): _Told("A job", "Job", errors=("400", "404"), query=_WAIT),
     ("GET", "/v1/jobs/{job_id}/stream"): _Told("A job's tokens from any index on, as events", errors=("400", "404"),

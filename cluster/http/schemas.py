@@ -96,7 +96,8 @@ FIELDS: dict[str, Schema] = {
     "return_token_ids": _told(_FLAG, "Token ids beside each choice's text."),
     "echo": _told(_FLAG, "Each text begins with its prompt. Not together with logprobs."),
     "logprobs": _integer(0, MAX_LOGPROBS, "Log-probabilities of the answer's tokens and of that many likely ones: the model's "
-                         "own, before temperature, top_k and top_p."),
+                         "own, before temperature, top_k and top_p. Of every token drawn, also of those that end the text and "
+                         "are not in it."),
     "top_logprobs": _integer(0, MAX_LOGPROBS, "Likely tokens beside each token; needs logprobs."),
     "prompt_cache_key": _told(_TEXT, "Accepted; changes nothing, prefixes are found by content."),
     "add_generation_prompt": _told({**_FLAG, "default": True}, "Whether the prompt asks for an answer."),
@@ -106,13 +107,14 @@ FIELDS: dict[str, Schema] = {
 }
 COMPLETION_FIELDS: dict[str, Schema] = {
     "prompt": {"description": "Text, token ids, or segments of both; or a list of texts or of lists of ids, each with choices "
-                              "of its own.",
+                              "of its own: at most 16 choices in all.",
                "anyOf": [*FIELDS["prompt"]["anyOf"], _list(_TEXT, minItems=1), _list(_IDS, minItems=1)]},
     "logprobs": {"description": FIELDS["logprobs"]["description"], "anyOf": [
         {"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS}, {"const": False}]},
 }
 CHAT_FIELDS: dict[str, Schema] = {"logprobs": _told(_FLAG, "Log-probabilities of the answer's tokens: the model's own, before "
-                                                    "temperature, top_k and top_p.")}
+                                                    "temperature, top_k and top_p. Of every token drawn, also of those that end "
+                                                    "the text and are not in it.")}
 
 
 def _object(**properties: Schema) -> Schema:
@@ -120,7 +122,8 @@ def _object(**properties: Schema) -> Schema:
 
 
 def _answer(kind: str, choice: Schema) -> Schema:
-    return _object(id=_TEXT, object={"const": kind}, created=_COUNT, model=_TEXT, choices=_list(choice), usage=named("Usage"),
+    return _object(id=_TEXT, object={"const": kind}, created=_COUNT, model=_TEXT, choices=_list(choice),
+                   usage={"anyOf": [named("Usage"), {"type": "null"}]},
                    kvbank=_told(_OPEN, "The job's id and receipt."))
 
 

@@ -40,6 +40,37 @@ def test_openais_client_chats_and_streams(make_worker, make_server, answer_of) -
     assert chunks[-2].choices[0].finish_reason == "length" and chunks[-1].usage.completion_tokens == 8
 
 
+def test_with_usage_every_chunk_but_the_last_says_that_it_has_none(address) -> None:
+    body = {"messages": CHAT, "max_tokens": 4, "stream": True}
+    chunks = events(httpx.post(f"{address}/v1/chat/completions", json={**body, "stream_options": {"include_usage": True}}))
+    assert all(chunk["usage"] is None for chunk in chunks[:-1]) and chunks[-1]["usage"]["completion_tokens"] == 4
+    assert not any("usage" in chunk for chunk in events(httpx.post(f"{address}/v1/chat/completions", json=body)))
+
+
+def test_an_answer_comes_back_as_history(make_worker, make_server) -> None:
+    worker = make_worker("worker-0")
+    address = make_server(worker).address
+    answer = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "tool_calls": [], "audio": None}
+    for said in (answer, {"role": "assistant", "content": "x"}):
+        body = {"messages": [*CHAT, said, CHAT[1]], "max_tokens": 1}
+        assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 200
+    assert worker.seen[0].prompt == worker.seen[1].prompt
+    refused = httpx.post(f"{address}/v1/chat/completions", json={"messages": [{**answer, "tool_calls": [{}]}]})
+    assert refused.status_code == 400 and "tool_calls" in refused.json()["error"]["message"]
+
+
+def test_log_probabilities_shorten_a_limit_that_nobody_asked_for(make_worker, make_server, until) -> None:
+    worker = make_worker("worker-0")
+    address = make_server(worker, max_position=9999).address
+    body = {"messages": CHAT, "n": 10, "logprobs": True, "top_logprobs": 5, "stream": True}
+    with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:
+        assert answer.status_code == 200
+        until(lambda: len(worker.seen) == 10)
+    assert {job.max_tokens for job in worker.seen} == {200_000 // 60}
+    asked = httpx.post(f"{address}/v1/chat/completions", json={**body, "max_tokens": 4096})
+    assert asked.status_code == 400 and "ask for fewer" in asked.json()["error"]["message"]
+
+
 def test_n_gives_choices_with_seeds_of_their_own(make_worker, make_server) -> None:
     worker = make_worker("worker-0")
     address = make_server(worker).address

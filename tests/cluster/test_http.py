@@ -331,14 +331,23 @@ def test_what_is_not_supported_is_refused_by_name(make_worker, make_server, fiel
 @pytest.mark.parametrize(("path", "body", "param"), [
     ("completions", {"prompt": [{"text": "a"}, {"text": 5}]}, "prompt[1].text"),
     ("completions", {"prompt": [{"text": "a", "reusable": "no"}]}, "prompt[0].reusable"),
-    ("completions", {"prompt": [{"token_ids": [5, 10**9]}]}, "prompt[0]"),
-    ("completions", {"prompt": "\ud800"}, "prompt"),
+    ("completions", {"prompt": [{"token_ids": [5, 10**9]}]}, "prompt[0].token_ids"),
+    ("completions", {"prompt": [{"text": "\ud800"}]}, "prompt[0].text"), ("completions", {"prompt": "\ud800"}, "prompt"),
+    ("completions", {"prompt": ["a", ""]}, "prompt[1]"), ("completions", {"prompt": ["a", "\ud800"], "echo": True}, "prompt[1]"),
+    ("completions", {"prompt": [[1], [10**9]]}, "prompt[1]"), ("completions", {"prompt": []}, "prompt"),
+    ("completions", {"prompt": [[{"text": "a"}], [{"text": 5}]]}, "prompt[1][0].text"),
+    ("completions", {"prompt": ["a"] * 17}, "prompt"), ("completions", {"prompt": ["a"] * 2, "n": 9}, "n"),
     ("completions", {"stop": ["a", ""]}, "stop[1]"), ("completions", {"stop": ["\udfff"]}, "stop[0]"),
     ("completions", {"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     ("completions", {"stream_options": {"other": 1}}, "stream_options.other"),
     ("completions", {"stop_token_ids": [-1]}, "stop_token_ids"), ("completions", {"a\ud800": 1}, None),
     ("completions", {"x" * 41: 1}, None), ("completions", {"model": "another"}, "model"),
     ("completions", {"max_tokens": 10**6}, None),           # it is the sum that is too long
+    ("completions", {"prompt": [5] * 5000}, "prompt"), ("completions", {"stop": ""}, "stop"),
+    ("completions", {"max_tokens": 2.0, "max_completion_tokens": 2}, "max_tokens"),
+    ("completions", {"stream_options.x": 1}, None),
+    ("chat/completions", {"messages": [{"role": "user", "content": "a" * 5000}]}, "messages"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
     ("jobs", {"deadline_s": -1}, "deadline_s"), ("jobs", {"policy": "none"}, "policy"),
     ("chat/completions", {"messages": [{"role": "user", "content": "a"}, {"role": "x", "content": "a"}]}, "messages[1].role"),
     ("chat/completions", {"messages": [{"role": "user"}]}, "messages[0].content"),
@@ -352,10 +361,46 @@ def test_an_error_names_the_field_at_fault(make_worker, make_server, path, body,
     assert answer.status_code in (400, 404) and answer.json()["error"]["param"] == param, answer.text
 
 
-def test_a_client_hears_which_field_it_was(make_worker, make_server) -> None:
-    with Client(make_server(make_worker("worker-0")).address) as client, pytest.raises(InvalidRequest) as caught:
-        client.submit(PROMPT, temperature=9)
-    assert caught.value.param == "temperature"
+@pytest.mark.parametrize(("wrong", "param"), [
+    ({"temperature": 9}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"prompt": b"x"}, "prompt"),
+    ({"prompt": [1.5]}, "prompt"), ({"job_id": "known"}, "job_id"),
+])
+def test_a_client_hears_which_field_it_was(make_worker, make_server, wrong, param) -> None:
+    with Client(make_server(make_worker("worker-0")).address) as client:
+        client.submit([1, 2], job_id="known", max_tokens=1)
+        with pytest.raises(InvalidRequest) as caught:
+            client.submit(**{"prompt": PROMPT, **wrong})
+    assert caught.value.param == param
+
+
+def test_more_choices_than_jobs_may_run_are_refused_for_good(make_worker, make_server) -> None:
+    address = make_server(make_worker("worker-0"), limits={"max_jobs": 3}).address
+    answer = httpx.post(f"{address}/v1/completions", json={"prompt": PROMPT, "n": 4})
+    assert answer.status_code == 400 and "ask for fewer" in answer.json()["error"]["message"], answer.text
+
+
+def test_every_request_has_an_id_that_its_caller_can_name(make_worker, make_server, caplog) -> None:
+    async def broken() -> dict:
+        raise RuntimeError("a bug")
+
+    address = make_server(make_worker("worker-0"), status=broken).address
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="anything", max_retries=0)
+    done = client.completions.with_raw_response.create(model="fake", prompt="a", max_tokens=1)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="fake", prompt="a", n=17)
+    failed = httpx.get(f"{address}/v1/status")
+    ids = [done.request_id, refused.value.request_id, failed.headers["x-request-id"]]
+    assert len(set(ids)) == 3 and all(re.fullmatch("[0-9a-f]{16}", one) for one in ids)
+    assert failed.status_code == 500 and ids[2] in failed.json()["error"]["message"] and f"request_id={ids[2]}" in caplog.text
+
+
+@pytest.mark.parametrize(("method", "path", "allow"), [
+    ("PUT", "/v1/jobs", "GET, POST"), ("PUT", "/v1/jobs/x", "DELETE, GET"), ("POST", "/health", "GET, HEAD"),
+    ("GET", "/v1/completions", "POST"),
+])
+def test_a_405_names_every_method_of_its_path(make_server, method, path, allow) -> None:
+    answer = httpx.request(method, make_server().address + path)
+    assert answer.status_code == 405 and answer.headers.get_list("allow") == [allow]
 
 
 # -- malformed bodies --------------------------------------------------------------------------------------------------
@@ -450,7 +495,7 @@ def test_a_body_that_never_ends_is_given_up(make_worker, make_server) -> None:
     with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as slow:
         slow.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         slow.settimeout(10)
-        assert b"400" in slow.recv(65536).split(b"\r\n")[0]
+        assert b"408" in slow.recv(65536).split(b"\r\n")[0]
 
 
 # -- the door ----------------------------------------------------------------------------------------------------------
@@ -598,7 +643,7 @@ def test_errors_have_one_shape(make_server, method, path, status, code) -> None:
     assert set(answer.json()["error"]) >= {"message", "type", "param", "code"}
 
 
-@pytest.mark.parametrize("query", ["from=5", "from=-1", "from=x", "from=nan"])
+@pytest.mark.parametrize("query", ["from=5", "from=-1", "from=x", "from=nan", "from=0.5", "from=9999999999"])
 def test_a_stream_from_nowhere_is_refused(make_worker, make_server, query) -> None:
     address = make_server(make_worker("worker-0")).address
     job = httpx.post(f"{address}/v1/jobs", json={"prompt": PROMPT, "max_tokens": 2}).json()
