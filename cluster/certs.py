@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,11 +29,14 @@ CA_DAYS = 3650
 BEHIND = timedelta(minutes=5)                # other machines' clocks may be a little late
 
 Key = ec.EllipticCurvePrivateKey
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_LABEL = "[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST = re.compile(rf"(?:\*\.)?{_LABEL}(?:\.{_LABEL})*")
 
 
-def make_certificates(folder: Path, *, names: Sequence[str] = ("localhost", "127.0.0.1", "::1"), days: int = 90,
-                      now: datetime | None = None) -> list[Path]:
-    """Make or renew; the files written. names: what callers know the https gateway by. Raises ConfigError."""
+def make_certificates(folder: Path, *, names: Sequence[str] = (), days: int = 90, now: datetime | None = None) -> list[Path]:
+    """Make or renew; the files written. names: what callers know the https gateway by, beside this machine's names for itself.
+    Raises ConfigError."""
     now = now or datetime.now(UTC)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -40,10 +44,19 @@ def make_certificates(folder: Path, *, names: Sequence[str] = ("localhost", "127
         for role in ROLES:
             made = _sign(authority, key, role, [x509.DNSName(NAME), x509.DNSName(f"{role}.{NAME}")], now, days)
             written += _write(folder, role, *made)
-        made = _sign(authority, key, HTTPS, [_general_name(name) for name in names], now, days)
+        made = _sign(authority, key, HTTPS, [_general_name(name) for name in dict.fromkeys([*names, *LOOPBACK])], now, days)
         return written + _write(folder, HTTPS, *made)
     except OSError as error:
         raise ConfigError(f"certificates cannot be written to {folder}: {error.strerror}") from error
+
+
+def names_in(pem: Path) -> list[str]:
+    """Host names and addresses that a certificate is for. Raises ConfigError."""
+    try:
+        told = x509.load_pem_x509_certificate(pem.read_bytes()).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except (OSError, ValueError, x509.ExtensionNotFound) as error:
+        raise ConfigError(f"{pem} is not a certificate with names that can be read") from error
+    return [str(name.value) for name in told.value]
 
 
 def expires(pem: Path) -> datetime:
@@ -136,10 +149,10 @@ def _general_name(name: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
         pass
-    try:
-        return x509.DNSName(name)
-    except ValueError:
-        raise ConfigError(f"{name!r} cannot stand in a certificate: write a host name in ASCII (xn--...) or an address") from None
+    if not _HOST.fullmatch(name) or len(name) > 253:
+        raise ConfigError(f"{name!r} cannot stand in a certificate: write a host name in ASCII (xn--...) or an address, without "
+                          "scheme and port, one --name for each")
+    return x509.DNSName(name)
 
 
 def _write(folder: Path, name: str, key: Key, certificate: x509.Certificate) -> list[Path]:

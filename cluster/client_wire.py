@@ -70,6 +70,8 @@ class Wire:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             return Unavailable(f"{self.address} shows a certificate that is not trusted here: give its authority's PEM file "
                                "as `ca` (`--ca`), and use a name that stands in the certificate")
+        if isinstance(error, httpx.ConnectError) and "[SSL" in str(error):
+            return Unavailable(f"{self.address} does not speak https: write http://, or is it another program's port?")
         if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
             return Unavailable(
                 f"nobody answers at {self.address}: is the cluster up (`kvbank status`), and is this the address that "

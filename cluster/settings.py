@@ -12,6 +12,7 @@ from typing import Any
 
 from kvbank.cluster.values import shown
 
+REACHED = {"0.0.0.0": "127.0.0.1", "::": "::1"}      # hosts that stand for all addresses, and how this machine reaches them
 NODE = "node"                        # as a host: the address that a member's machine has in Ray, filled in there
 
 

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvbank.cluster.certs import expires
+from kvbank.cluster.certs import LOOPBACK, expires, names_in
 from kvbank.cluster.config import ray_auth, read_keys
 from kvbank.cluster.finding import Finding, bad, good, warn
 from kvbank.cluster.machine_health import Machine, listens
 from kvbank.cluster.plan import planned
 from kvbank.cluster.screen import size
-from kvbank.cluster.settings import NODE, Settings
+from kvbank.cluster.settings import NODE, REACHED, Settings
 from kvbank.cluster.settings_check import is_loopback
 from kvbank.errors import ConfigError, KVBankError, ModelError
 from kvbank.kvstore.tiers import redis_address
@@ -78,7 +78,8 @@ def secrets(settings: Settings, state_folder: Path, config: Path | None = None) 
         "state folder", f"mode {mode:04o}: others can look in", f"chmod 700 {state_folder}")
     if (own := state_folder / "cache_secret").exists():
         yield _private("cache secret", own)
-    if config is not None and {f"file {config}"} & {settings.sources.get(key) for key in SECRET}:
+    secret = [key for key in SECRET if key != "tiers.redis" or "@" in str(settings.tiers.redis)]
+    if config is not None and f"file {config}" in {settings.sources.get(key) for key in secret}:
         yield _private("config file", config)
     auth, joins = ray_auth(), settings.cluster.ray_address is not None
     if auth.path is not None and auth.path.exists():
@@ -106,9 +107,10 @@ def locks(settings: Settings, now: float) -> Iterator[Finding]:
                        "keep ca.key on the machine where certificates are made, and copy the other files")
     elif not is_loopback(cluster.bind_host):
         yield warn("certificates", "what members of several machines say to each other is not encrypted",
-                   "kvbank certs FOLDER, copy it to every machine, and set cluster.tls_dir")
+                   "kvbank certs FOLDER --name ADDRESS, copy it to every machine, and set cluster.tls_dir")
     if http.tls_cert is not None and http.tls_key is not None:
         yield _certificate("https certificate", Path(http.tls_cert), Path(http.tls_key), now)
+        yield from _https_names(http.host, Path(http.tls_cert))
     if http.api_keys_file is not None:
         try:
             read_keys(Path(http.api_keys_file))
@@ -116,6 +118,18 @@ def locks(settings: Settings, now: float) -> Iterator[Finding]:
             yield bad("api keys file", str(error), "write lines of `key: tenant` or `key: tenant:ops` into it")
         else:
             yield _private("api keys file", Path(http.api_keys_file))
+
+
+def _https_names(host: str, pem: Path) -> Iterator[Finding]:
+    """Whether callers can come by a name that the certificate has. Nothing to say of one that cannot be read: that is told."""
+    try:
+        names = names_in(pem)
+    except ConfigError:
+        return
+    known = set(names) - set(LOOPBACK) if host in (NODE, *REACHED) else {host} & set(names)
+    yield good("https names", ", ".join(names)) if known else warn(
+        "https names", f"the certificate is for {', '.join(names)}; who calls http.host {host} from elsewhere cannot check it",
+        f"kvbank certs {pem.parent} --name {'ADDRESS' if host in (NODE, *REACHED) else host}")
 
 
 def _certificate(what: str, pem: Path, key: Path, now: float) -> Finding:

@@ -30,6 +30,7 @@ from kvbank.cluster.meters import Meters
 from kvbank.cluster.ops import Ops
 from kvbank.cluster.placement import choose_worker
 from kvbank.cluster.roster import Roster
+from kvbank.cluster.settings import REACHED
 from kvbank.cluster.settings_check import is_loopback
 from kvbank.cluster.survey import Survey
 from kvbank.cluster.traced import TracedJobs
@@ -208,7 +209,7 @@ class GatewayServer:
         self.gateway: Gateway | None = None
 
     def start(self) -> str:
-        """Bind, start serving, and return `http://host:port`. Raises ConfigError when the port is taken."""
+        """Bind, start serving, and return `http://host:port` as this machine reaches it. Raises ConfigError: it is taken."""
         self._socket = _listen(self._host, self._port)
         self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
         self._thread.start()
@@ -222,6 +223,7 @@ class GatewayServer:
     def address(self) -> str:
         assert self._socket is not None, "not started"
         host, port = self._socket.getsockname()[:2]
+        host = REACHED.get(host, host)
         scheme = "http" if self._certificate is None else "https"
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 

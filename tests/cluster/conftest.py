@@ -303,7 +303,7 @@ def make_server() -> Iterator[Callable[..., SimpleNamespace]]:
             )
             return Assembly(front, roster)
 
-        server = GatewayServer(assemble, host="127.0.0.1", port=port, open_door=not options.get("api_keys"),
+        server = GatewayServer(assemble, host=options.get("host", "127.0.0.1"), port=port, open_door=not options.get("api_keys"),
                                certificate=options.get("certificate"))
         servers.append(server)
         address = server.start()

@@ -193,6 +193,12 @@ def test_who_speaks_http_to_an_https_gateway_is_told_so() -> None:
             Client(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=10).status()
 
 
+def test_who_speaks_https_to_an_http_gateway_is_told_so(make_worker, make_server) -> None:
+    address = make_server(make_worker("worker-0")).address.replace("http:", "https:")
+    with pytest.raises(errors.Unavailable, match="write http://"):
+        Client(address, timeout_s=10).status()
+
+
 def test_a_stream_goes_on_after_its_connection_broke(make_worker, make_server, answer_of) -> None:
     worker = make_worker("worker-0")
     worker.token_s = 0.02

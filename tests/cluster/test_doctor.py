@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -169,6 +170,19 @@ def test_certificates_that_are_missing_old_or_open_are_found(tmp_path: Path) -> 
     assert found.state == "bad" and "chmod 600" in found.remedy
     https = settings(tls_cert=str(folder / "https.pem"), tls_key=str(folder / "nothing.key"))
     assert the(settings_health.locks(https, now), "https certificate").state == "bad"
+    assert the(settings_health.locks(https, now), "https names").state == "good"
+
+
+@pytest.mark.parametrize(("host", "names", "state"), [
+    ("127.0.0.1", (), "good"), ("192.0.2.2", (), "warn"), ("192.0.2.2", ("192.0.2.2",), "good"), ("0.0.0.0", (), "warn"),
+    ("0.0.0.0", ("kvbank.example.org",), "good"),
+])
+def test_a_certificate_for_other_names_is_found(tmp_path: Path, host: str, names: tuple[str, ...], state: str) -> None:
+    make_certificates(tmp_path, names=names)
+    made = settings(host=host, allow_public=True, api_keys={"a-long-key": "t"}, tls_cert=str(tmp_path / "https.pem"),
+                    tls_key=str(tmp_path / "https.key"))
+    found = the(settings_health.locks(made, time.time()), "https names")
+    assert found.state == state and (state == "good" or re.search("kvbank certs .* --name", found.remedy))
 
 
 def test_a_network_in_clear_and_a_bad_file_of_keys_are_found(tmp_path: Path) -> None:
@@ -217,6 +231,15 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "state"
     folder.mkdir(mode=0o700)
     return folder
+
+
+@pytest.mark.parametrize(("redis", "told"), [("embedded", False), ("redis://127.0.0.1:1/0", False),
+                                             ("redis://:secret@127.0.0.1:1/0", True)])
+def test_a_file_without_a_secret_may_be_read_by_others(state: Path, tmp_path: Path, redis: str, told: bool) -> None:
+    config = tmp_path / "kvbank.yaml"
+    config.write_text(f"tiers: {{redis: '{redis}'}}\n")
+    found = [f for f in settings_health.secrets(load(config, environ={}), state, config) if f.what == "config file"]
+    assert bool(found) is told
 
 
 def test_files_that_others_may_read_are_found(state: Path, tmp_path: Path, monkeypatch) -> None:

@@ -379,6 +379,11 @@ def test_more_choices_than_jobs_may_run_are_refused_for_good(make_worker, make_s
     assert answer.status_code == 400 and "ask for fewer" in answer.json()["error"]["message"], answer.text
 
 
+def test_a_gateway_on_all_addresses_tells_one_that_can_be_called(make_worker, make_server) -> None:
+    address = make_server(make_worker("worker-0"), host="0.0.0.0", api_keys={"k": "t"}).address
+    assert address.startswith("http://127.0.0.1:") and httpx.get(f"{address}/health").status_code == 200
+
+
 def test_every_request_has_an_id_that_its_caller_can_name(make_worker, make_server, caplog) -> None:
     async def broken() -> dict:
         raise RuntimeError("a bug")

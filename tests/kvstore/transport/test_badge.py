@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import pytest
 
-from kvbank.cluster.certs import expires, make_certificates
+from kvbank.cluster.certs import expires, make_certificates, names_in
 from kvbank.errors import ConfigError
 from kvbank.kvstore.transport import rpc
 from kvbank.kvstore.transport.badge import CALLERS, ROLES, Badge, Certificates
@@ -316,6 +316,19 @@ def test_files_that_are_gone_half_there_or_do_not_fit_change_nothing(tmp_path: P
         server.server.stop(None)
     assert not [path for path in folder.iterdir() if path.name == "ca.key" and path.stat().st_mode & 0o077]
     assert TOKEN not in repr(shown)
+
+
+def test_an_https_certificate_has_the_names_that_were_given_and_this_machines_own(tmp_path: Path) -> None:
+    make_certificates(tmp_path, names=["kvbank.example.org", "192.0.2.10", "*.a.org", "127.0.0.1"])
+    assert names_in(tmp_path / "https.pem") == ["kvbank.example.org", "192.0.2.10", "*.a.org", "127.0.0.1", "localhost", "::1"]
+
+
+@pytest.mark.parametrize("name", ["https://a.org", "a.org:8080", "a.org,b.org", "192.0.2.10/24", "not a name!", "", "ä.org",
+                                  "a..b", "-a.org", "a." * 130 + "org", "x" * 64])
+def test_what_no_certificate_can_name_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot stand in a certificate"):
+        make_certificates(tmp_path, names=[name])
+    assert not (tmp_path / "https.pem").exists()
 
 
 def test_a_renewal_that_could_not_be_read_at_first_is_read_later(tmp_path: Path) -> None:
