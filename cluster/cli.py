@@ -45,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvbank {kvbank.__version__}")
     known = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
-        made = known.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+    def verb(name: str, run: Callable[[argparse.Namespace], int], about: str, *, helps: bool = True) -> argparse.ArgumentParser:
+        made = known.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", add_help=helps)
         made.add_argument("--json", action="store_true", help="print JSON")
         made.set_defaults(run=run)
         return made
@@ -88,8 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--launcher", choices=("ray", "process"), default="ray")
     demo.add_argument("--tokens", type=int, default=0, help="cut the document to this many tokens")
 
-    bench = verb("bench", verbs.bench, "run a benchmark of bench/")
-    bench.add_argument("name", metavar="NAME", help="engine, prefix, attend, lending, reuse, gateway, ...")
+    bench = verb("bench", verbs.bench, "run a benchmark of bench/", helps=False)
+    bench.add_argument("-h", "--help", action="store_true", help="of a benchmark, if one is named")
+    bench.add_argument("name", metavar="NAME", nargs="?", default="", help="one of those named without it")
 
     certs = verb("certs", verbs.certs, "make or renew the certificates of a cluster in a folder")
     certs.add_argument("folder", type=Path, help="where they are or will be; ca.key in it signs, keep that one to yourself")

@@ -133,7 +133,7 @@ def _document(path: Path | None) -> tuple[str, str]:
         try:
             return path.read_text(encoding="utf-8", errors="replace"), path.name
         except OSError as error:
-            raise InvalidRequest(f"the document cannot be read: {error.strerror}") from None
+            raise InvalidRequest(f"the document {path} cannot be read: {error.strerror}") from None
     pages = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if page.is_file()]
     if pages:
         return "\n\n".join(page.read_text(encoding="utf-8") for page in pages), "this project's documentation"

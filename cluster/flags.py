@@ -27,8 +27,11 @@ CLUSTER_FLAGS: dict[str, tuple[type, str]] = {      # settings that have a flag 
 }
 
 
+DEFAULT = "default"                  # the name of a cluster that was given none
+
+
 def add_name(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--name", default="default", help="which cluster, when several are up")
+    parser.add_argument("--name", default=DEFAULT, help="which cluster, when several are up")
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
     """A table whose columns from `right` on hold numbers."""
     made = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number >= right else "left", no_wrap=number == 0)
+        text = number < right            # what has no room goes on below, so that it can be copied
+        made.add_column(column, justify="left" if text else "right", no_wrap=number == 0, overflow="fold" if text else "ellipsis")
     for row in rows:
         made.add_row(*[cell if isinstance(cell, Text) else str(cell) for cell in row])
     return made

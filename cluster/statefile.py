@@ -40,7 +40,8 @@ class Running:
     @property
     def alive(self) -> bool:
         try:
-            return psutil.Process(self.pid).create_time() == self.born
+            process = psutil.Process(self.pid)       # a zombie has ended, and waits for who started it
+            return process.create_time() == self.born and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
 

@@ -27,6 +27,7 @@ INTERVAL_S = 1.0
 GONE_S = 5.0                         # a cluster that does not answer this long has gone; a gateway is started again sooner
 ROWS = 12                            # of loans and jobs; a screen is not longer
 _BAR = 16
+_NARROW = 106                        # a screen of fewer columns has no room for all of them
 _RATES = {"rows": "forward_rows", "steps": "steps", "replayed": "replayed_tokens", "asked": "remote_attention_calls",
           "served": "remote_attention_served"}                # what is shown: the member's counter
 _STATES = {"ok": "green", "silent": "red", "open": "red", "half_open": "yellow", "off": "dim"}
@@ -74,13 +75,13 @@ def run(client: Source, *, once: bool, as_json: bool, interval_s: float = INTERV
         if screen.is_terminal and not as_json and not once:
             with Live(console=screen, screen=True, auto_refresh=False) as live:
                 for look in looks:
-                    live.update(view(look), refresh=True)
+                    live.update(view(look, screen.width), refresh=True)
         else:                                        # into a file or a pipe: one after the other
             for look in looks:
                 if as_json:
                     print(json.dumps(look.body(), ensure_ascii=False), flush=True)
                 else:
-                    screen.print(view(look), "")
+                    screen.print(view(look, screen.width), "")
                 if once:
                     return 0
         print("the cluster has gone", file=sys.stderr)
@@ -107,17 +108,21 @@ def watch(
         before, heard_at = now, clock()
 
 
-def view(look: Look) -> Group:
-    """One screen."""
+def view(look: Look, width: int = _NARROW) -> Group:
+    """One screen of so many columns."""
     status = look.status
     states = [worker.state for worker in status.workers]
     running = sum(job.state == "running" for job in status.jobs)
     total = {name: sum(rates[name] for rates in look.members.values()) for name in _RATES}
     head = Text(f"members {states.count('ok')} of {len(states)}   jobs {running} running, {len(status.jobs) - running} queued   "
                 f"loans {len(status.loans)}   rows/s {total['rows']:.0f}   replayed/s {total['replayed']:.0f}", style="bold")
-    columns = ("member", "kind", "state", "", "used", "lent", "borrowed", "jobs", "rows/s", "steps/s", "asks/s", "answers/s")
-    parts: list[Any] = [head, "", table("members", columns, [_member(w, look.members.get(w.id, {})) for w in status.workers],
-                                        right=4)]
+    columns: tuple[str, ...] = ("member", "kind", "state", "", "used", "lent", "borrowed", "jobs", "rows/s", "steps/s", "asks/s",
+                                "answers/s")
+    members = [_member(worker, look.members.get(worker.id, {})) for worker in status.workers]
+    if width < _NARROW:
+        shown = [number for number, column in enumerate(columns) if column not in ("", "kind", "steps/s", "asks/s", "answers/s")]
+        columns, members = tuple(columns[n] for n in shown), [tuple(row[n] for n in shown) for row in members]
+    parts: list[Any] = [head, "", table("members", columns, members, right=columns.index("used"))]
     if status.tiers:
         parts += ["", table("tiers", ("tier", "state", "used", "limit", "frames", "hits"),
                             [_tier(tier, look.hits) for tier in status.tiers], right=2)]

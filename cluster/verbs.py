@@ -16,7 +16,7 @@ import kvbank
 from kvbank.cluster import statefile
 from kvbank.cluster.client import Client, Job
 from kvbank.cluster.config import load, state_dir
-from kvbank.cluster.flags import settings_of, state_folder
+from kvbank.cluster.flags import DEFAULT, settings_of, state_folder
 from kvbank.cluster.screen import console, print_json, receipt_view, status_view, table
 from kvbank.errors import ConfigError, InvalidRequest, NotFound
 
@@ -67,7 +67,11 @@ def top(args: argparse.Namespace) -> int:
 
 def _status_config(args: argparse.Namespace) -> int:
     """The settings of the running cluster of this name; when none is up, those that a new one would have."""
-    running = statefile.find(state_folder(), args.name) if not args.address else None
+    if args.address:
+        raise InvalidRequest("--config tells the settings of a cluster of this machine: give its --name instead of --address")
+    running = statefile.find(state_folder(), args.name)
+    if running is None and args.name != DEFAULT:
+        raise NotFound(f"no cluster named {args.name!r} is up on this machine")
     rows = running.config if running is not None else [list(row) for row in load().rows()]
     if args.json:
         print_json({key: {"value": value, "source": source} for key, value, source in rows})
@@ -135,20 +139,25 @@ def demo(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     folder = ROOT / "bench"
+    names = sorted([*(p.stem for p in folder.glob("*.py") if "def main(" in p.read_text()),
+                    *(p.parent.name for p in folder.glob("*/__main__.py"))])
+    if args.help and not args.name:
+        print("usage: kvbank bench NAME [--quick] [--json] [its own options: kvbank bench NAME --help]\n\n"
+              f"NAME: {', '.join(names)}")
+        return 0
+    if args.name not in names:
+        said = f"there is no benchmark {args.name!r}" if args.name else "a benchmark has a name"
+        raise NotFound(f"{said}; there are: {', '.join(names) or 'none in this install'}")
     path = folder / f"{args.name}.py"
     if not path.is_file():                           # a bench of several files is a folder
         path = folder / args.name / "__main__.py"
-    if not args.name.isidentifier() or not path.is_file():
-        names = sorted([*(p.stem for p in folder.glob("*.py") if "def main(" in p.read_text()),
-                        *(p.parent.name for p in folder.glob("*/__main__.py"))])
-        raise NotFound(f"there is no benchmark {args.name!r}; there are: {', '.join(names) or 'none in this install'}")
     spec = importlib.util.spec_from_file_location(f"kvbank_bench_{args.name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.insert(0, str(ROOT))                    # benches share bench/report.py
     spec.loader.exec_module(module)
-    status: int | None = module.main([*args.rest, *(["--json"] if args.json else [])])
+    status: int | None = module.main([*args.rest, *(["--json"] if args.json else []), *(["--help"] if args.help else [])])
     return status or 0
 
 
@@ -175,7 +184,7 @@ def certs(args: argparse.Namespace) -> int:
 
     if not 1 <= args.days <= 825:
         raise InvalidRequest(f"--days must be 1 to 825, not {args.days}")
-    written = make_certificates(args.folder, days=args.days, **({"names": args.names} if args.names else {}))
+    written = make_certificates(args.folder, days=args.days, names=args.names or ())
     if args.json:
         print_json({"written": [str(path) for path in written]})
     else:

@@ -31,7 +31,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict]:
 
 
 def test_every_verb_has_help_and_json(capsys) -> None:
-    for verb in ("up", "down", "status", "submit", "demo", "bench", "doctor", "plan"):
+    for verb in ("up", "down", "status", "submit", "demo", "doctor", "plan"):
         with pytest.raises(SystemExit) as ended:
             cli.main([verb, "--help"])
         assert ended.value.code == 0 and "--json" in capsys.readouterr().out
@@ -124,6 +124,8 @@ def test_status_config_names_the_source_of_every_value(capsys, monkeypatch) -> N
     status, told = run(capsys, "status", "--config")
     assert status == 0 and told["http.port"] == {"value": 8123, "source": "env KVBANK__HTTP__PORT"}
     assert told["vault.block_size"] == {"value": 16, "source": "default"}
+    assert run(capsys, "status", "--config", "--address", "http://127.0.0.1:1")[1]["error"]["code"] == "invalid_request"
+    assert run(capsys, "status", "--config", "--name", "typo")[1]["error"]["code"] == "not_found"
 
 
 def test_plan_counts_tokens_and_answers_for_a_length(capsys, tmp_path) -> None:
@@ -173,6 +175,9 @@ def test_bench_runs_a_script_and_hands_its_status_on(capsys, tmp_path, monkeypat
     for name in ("none", "../toy", "toy.py"):
         assert cli.main(["bench", name]) == 1
     assert "there are: toy" in capsys.readouterr().err
+    assert cli.main(["bench"]) == 1 and "there are: toy" in capsys.readouterr().err
+    assert cli.main(["bench", "--help"]) == 0 and "NAME: toy" in capsys.readouterr().out
+    assert cli.main(["bench", "toy", "--help"]) == 3 and "['--help']" in capsys.readouterr().out
 
 
 def test_the_command_runs_from_an_uninstalled_checkout(tmp_path) -> None:
@@ -210,6 +215,17 @@ def test_a_recycled_process_id_is_not_the_cluster(state) -> None:
     assert statefile.find(state, "one") is None and not statefile.path_of(state, "one").exists()
     with pytest.raises(NotFound):
         statefile.need(state, "one")
+
+
+def test_a_process_that_ended_is_not_up_until_its_parent_has_looked(state) -> None:
+    import psutil
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        mine = statefile.Running(name="one", pid=other.pid, born=psutil.Process(other.pid).create_time())
+        assert mine.alive
+        assert other.stdin is not None
+        other.stdin.close()
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)      # it is a zombie now, and stays one
+        assert psutil.Process(other.pid).status() == psutil.STATUS_ZOMBIE and not mine.alive
 
 
 def test_a_damaged_state_file_is_no_cluster(state) -> None:

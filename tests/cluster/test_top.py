@@ -45,8 +45,8 @@ class Cluster:
         self.now += seconds
 
 
-def drawn(look: object) -> str:
-    screen = Console(width=160, record=True, file=open(os.devnull, "w"))         # noqa: SIM115  written to nowhere
+def drawn(look: object, width: int = 160) -> str:
+    screen = Console(width=width, record=True, file=open(os.devnull, "w"))         # noqa: SIM115  written to nowhere
     screen.print(look)
     return screen.export_text()
 
@@ -61,6 +61,11 @@ def test_a_member_that_was_started_again_counts_from_0_and_a_silent_one_has_no_r
     assert compare(status(50), status(1000), 1.0).members["worker-0"]["rows"] == 50.0
     assert "worker-0" not in compare(status(50, state="silent"), status(10), 1.0).members
     assert compare(status(50), None, 0.0).members == {}
+
+
+def test_a_narrow_screen_leaves_out_columns_and_cuts_none() -> None:
+    text = drawn(view(compare(status(300), status(100), 1.0), 80), 80)
+    assert "…" not in text and "borrowed" in text and "rows/s" in text and "answers/s" not in text and "lender-0" in text
 
 
 def test_a_screen_shows_all_and_says_when_it_leaves_something_out() -> None:

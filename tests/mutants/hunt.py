@@ -45,6 +45,8 @@ def hunt(name: str) -> int:
     from tests.workers.canary_walk import WrongToken
 
     logging.disable(logging.CRITICAL)        # what members log about a planted bug is no news
+    if name not in ("none", *MUTANTS):
+        raise SystemExit(f"there is no mutant {name!r}: they are none, {', '.join(sorted(MUTANTS))}")
     if name != "none":
         MUTANTS[name].plant()
     scene, started, cpu = "", time.monotonic(), time.process_time()
