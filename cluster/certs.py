@@ -38,25 +38,28 @@ def make_certificates(folder: Path, *, names: Sequence[str] = (), days: int = 90
     """Make or renew; the files written. names: what callers know the https gateway by, beside this machine's names for itself.
     Raises ConfigError."""
     now = now or datetime.now(UTC)
+    called = [_general_name(name) for name in dict.fromkeys([*names, *LOOPBACK])]
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         authority, key, written = _authority(folder, now)
         for role in ROLES:
             made = _sign(authority, key, role, [x509.DNSName(NAME), x509.DNSName(f"{role}.{NAME}")], now, days)
             written += _write(folder, role, *made)
-        made = _sign(authority, key, HTTPS, [_general_name(name) for name in dict.fromkeys([*names, *LOOPBACK])], now, days)
+        made = _sign(authority, key, HTTPS, called, now, days)
         return written + _write(folder, HTTPS, *made)
     except OSError as error:
         raise ConfigError(f"certificates cannot be written to {folder}: {error.strerror}") from error
 
 
 def names_in(pem: Path) -> list[str]:
-    """Host names and addresses that a certificate is for. Raises ConfigError."""
+    """Host names and addresses that a certificate is for; clients look at its subjectAltName only. Raises ConfigError."""
     try:
         told = x509.load_pem_x509_certificate(pem.read_bytes()).extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except (OSError, ValueError, x509.ExtensionNotFound) as error:
-        raise ConfigError(f"{pem} is not a certificate with names that can be read") from error
-    return [str(name.value) for name in told.value]
+    except x509.ExtensionNotFound:
+        return []
+    except (OSError, ValueError, x509.UnsupportedGeneralNameType) as error:
+        raise ConfigError(f"{pem} is not a certificate whose names can be read") from error
+    return [str(name.value) for name in told.value if isinstance(name, (x509.DNSName, x509.IPAddress))]
 
 
 def expires(pem: Path) -> datetime:
@@ -149,7 +152,7 @@ def _general_name(name: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
         pass
-    if not _HOST.fullmatch(name) or len(name) > 253:
+    if not _HOST.fullmatch(name) or len(name) > 253 or name.rpartition(".")[2].isdigit():      # the last: a mistyped address
         raise ConfigError(f"{name!r} cannot stand in a certificate: write a host name in ASCII (xn--...) or an address, without "
                           "scheme and port, one --name for each")
     return x509.DNSName(name)

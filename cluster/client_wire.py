@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import ssl
 import time
 import uuid
@@ -22,6 +23,7 @@ from kvbank.cluster.answers import Delta, Result, prompt_body
 from kvbank.errors import DeadlineExceeded, InvalidRequest, KVBankError, Overloaded, Unavailable, from_code
 
 CONNECT_S = 5.0
+_NO_TLS = re.compile("wrong.version.number|record.layer.failure", re.IGNORECASE)     # as OpenSSL says it, old and new
 POLL_S = 20.0                        # one long poll for a result
 QUIET_S = 30.0                       # the gateway comments on a quiet stream every few seconds
 STREAM_RETRIES = 3                   # reconnects in a row without news
@@ -70,8 +72,10 @@ class Wire:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             return Unavailable(f"{self.address} shows a certificate that is not trusted here: give its authority's PEM file "
                                "as `ca` (`--ca`), and use a name that stands in the certificate")
-        if isinstance(error, httpx.ConnectError) and "[SSL" in str(error):
+        if isinstance(error, httpx.ConnectError) and _NO_TLS.search(str(error)):
             return Unavailable(f"{self.address} does not speak https: write http://, or is it another program's port?")
+        if isinstance(error, httpx.ConnectError) and "SSL" in str(error):
+            return Unavailable(f"{self.address} speaks TLS, but not with this client ({error}): is it a kvbank gateway?")
         if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
             return Unavailable(
                 f"nobody answers at {self.address}: is the cluster up (`kvbank status`), and is this the address that "

@@ -23,12 +23,12 @@ def size(count: float) -> str:
     return f"{count:.0f} {_UNITS[unit]}" if unit == 0 or count >= 100 else f"{count:.1f} {_UNITS[unit]}"
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: int = 0) -> Table:
-    """A table whose columns from `right` on hold numbers."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: int = 0, whole: bool = False) -> Table:
+    """A table whose columns from `right` on hold numbers. whole: text goes on below where it has no room, to be copied."""
     made = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        text = number < right            # what has no room goes on below, so that it can be copied
-        made.add_column(column, justify="left" if text else "right", no_wrap=number == 0, overflow="fold" if text else "ellipsis")
+        made.add_column(column, justify="right" if number >= right else "left", no_wrap=number == 0,
+                        overflow="fold" if whole and number else "ellipsis")
     for row in rows:
         made.add_row(*[cell if isinstance(cell, Text) else str(cell) for cell in row])
     return made

@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from kvbank.cluster.finding import Finding, bad, good, warn
 from kvbank.cluster.machine_health import Machine, listens
 from kvbank.cluster.plan import planned
 from kvbank.cluster.screen import size
-from kvbank.cluster.settings import NODE, REACHED, Settings
+from kvbank.cluster.settings import NODE, Settings
 from kvbank.cluster.settings_check import is_loopback
 from kvbank.errors import ConfigError, KVBankError, ModelError
 from kvbank.kvstore.tiers import redis_address
@@ -126,14 +127,24 @@ def _https_names(host: str, pem: Path) -> Iterator[Finding]:
         names = names_in(pem)
     except ConfigError:
         return
-    known = set(names) - set(LOOPBACK) if host in (NODE, *REACHED) else {host} & set(names)
-    yield good("https names", ", ".join(names)) if known else warn(
-        "https names", f"the certificate is for {', '.join(names)}; who calls http.host {host} from elsewhere cannot check it",
-        f"kvbank certs {pem.parent} --name {'ADDRESS' if host in (NODE, *REACHED) else host}")
+    own = [name for name in names if name in LOOPBACK]
+    if own if is_loopback(host) else len(own) < len(names):
+        yield good("https names", ", ".join(names))
+    else:
+        yield warn("https names", f"the certificate is for {', '.join(names) or 'no name at all'}; who calls http.host {host} "
+                   "cannot check it", f"{_again(pem.parent)} --name ADDRESS")
+
+
+def _again(folder: Path) -> str:
+    """The command that renews what is there, https by the same names."""
+    names: list[str] = []
+    with suppress(ConfigError):
+        names = [name for name in names_in(folder / "https.pem") if name not in LOOPBACK]
+    return " ".join([f"kvbank certs {folder}", *(f"--name {name}" for name in names)])
 
 
 def _certificate(what: str, pem: Path, key: Path, now: float) -> Finding:
-    renew = f"kvbank certs {pem.parent}"
+    renew = _again(pem.parent)
     try:
         left = (expires(pem).timestamp() - now) / 86_400
         private = _private(what, key)

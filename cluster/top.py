@@ -119,9 +119,8 @@ def view(look: Look, width: int = _NARROW) -> Group:
     columns: tuple[str, ...] = ("member", "kind", "state", "", "used", "lent", "borrowed", "jobs", "rows/s", "steps/s", "asks/s",
                                 "answers/s")
     members = [_member(worker, look.members.get(worker.id, {})) for worker in status.workers]
-    if width < _NARROW:
-        shown = [number for number, column in enumerate(columns) if column not in ("", "kind", "steps/s", "asks/s", "answers/s")]
-        columns, members = tuple(columns[n] for n in shown), [tuple(row[n] for n in shown) for row in members]
+    if narrow := width < _NARROW:
+        columns, members = _without(("", "kind", "steps/s", "asks/s", "answers/s"), columns, members)
     parts: list[Any] = [head, "", table("members", columns, members, right=columns.index("used"))]
     if status.tiers:
         parts += ["", table("tiers", ("tier", "state", "used", "limit", "frames", "hits"),
@@ -133,9 +132,16 @@ def view(look: Look, width: int = _NARROW) -> Group:
     if status.jobs:
         rows_ = [(job.id, job.state, job.phase, job.waits_for or "-", job.worker, f"{job.computed}/{job.prompt_tokens}",
                   job.output_tokens) for job in status.jobs[:ROWS]]
-        parts += ["", table(_of("your jobs", len(rows_), len(status.jobs)),
-                            ("job", "state", "phase", "waits for", "worker", "prompt", "output"), rows_, right=5)]
+        titles: tuple[str, ...] = ("job", "state", "phase", "waits for", "worker", "prompt", "output")
+        if narrow:
+            titles, rows_ = _without(("phase", "waits for"), titles, rows_)
+        parts += ["", table(_of("your jobs", len(rows_), len(status.jobs)), titles, rows_, right=titles.index("prompt"))]
     return Group(*parts)
+
+
+def _without(left_out: tuple[str, ...], columns: tuple[str, ...], rows: list[Any]) -> tuple[tuple[str, ...], list[Any]]:
+    shown = [number for number, column in enumerate(columns) if column not in left_out]
+    return tuple(columns[n] for n in shown), [tuple(row[n] for n in shown) for row in rows]
 
 
 def _member(worker: WorkerStatus, rates: Mapping[str, float]) -> tuple[Any, ...]:

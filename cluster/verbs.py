@@ -77,7 +77,7 @@ def _status_config(args: argparse.Namespace) -> int:
         print_json({key: {"value": value, "source": source} for key, value, source in rows})
     else:
         whose = f"cluster {args.name}" if running is not None else "defaults and environment (no such cluster is up)"
-        console().print(table(whose, ("setting", "value", "source"), rows, right=3))
+        console().print(table(whose, ("setting", "value", "source"), rows, right=3, whole=True))
     return 0
 
 
@@ -175,7 +175,7 @@ def doctor(args: argparse.Namespace) -> int:
     else:
         marks = {"good": "[green]good[/]", "warn": "[yellow]warn[/]", "bad": "[red]bad[/]"}
         rows = [(marks[f.state], f.what, f.detail + (f"\n-> {f.remedy}" if f.remedy else "")) for f in findings]
-        console().print(table("kvbank doctor", ("", "what", "found"), rows, right=3))
+        console().print(table("kvbank doctor", ("", "what", "found"), rows, right=3, whole=True))
     return 0 if well else 1
 
 

@@ -123,7 +123,8 @@ def _object(**properties: Schema) -> Schema:
 
 def _answer(kind: str, choice: Schema) -> Schema:
     return _object(id=_TEXT, object={"const": kind}, created=_COUNT, model=_TEXT, choices=_list(choice),
-                   usage={"anyOf": [named("Usage"), {"type": "null"}]},
+                   usage={"description": "null in chunks before a last one that has it.",
+                          "anyOf": [named("Usage"), {"type": "null"}]},
                    kvbank=_told(_OPEN, "The job's id and receipt."))
 
 

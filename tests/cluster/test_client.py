@@ -199,6 +199,19 @@ def test_who_speaks_https_to_an_http_gateway_is_told_so(make_worker, make_server
         Client(address, timeout_s=10).status()
 
 
+def test_a_server_that_refuses_the_handshake_is_not_called_one_without_tls() -> None:
+    """Or its callers would send their keys in clear."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def refuse() -> None:
+            line, _ = server.accept()
+            with line:
+                line.recv(4096)
+                line.sendall(b"\x15\x03\x03\x00\x02\x02\x28")              # the alert handshake_failure
+        threading.Thread(target=refuse, daemon=True).start()
+        with pytest.raises(errors.Unavailable, match="speaks TLS, but"):
+            Client(f"https://127.0.0.1:{server.getsockname()[1]}", timeout_s=10).status()
+
+
 def test_a_stream_goes_on_after_its_connection_broke(make_worker, make_server, answer_of) -> None:
     worker = make_worker("worker-0")
     worker.token_s = 0.02

@@ -174,8 +174,9 @@ def test_certificates_that_are_missing_old_or_open_are_found(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("host", "names", "state"), [
-    ("127.0.0.1", (), "good"), ("192.0.2.2", (), "warn"), ("192.0.2.2", ("192.0.2.2",), "good"), ("0.0.0.0", (), "warn"),
-    ("0.0.0.0", ("kvbank.example.org",), "good"),
+    ("127.0.0.1", (), "good"), ("127.0.0.2", (), "good"), ("0:0:0:0:0:0:0:1", (), "good"), ("192.0.2.2", (), "warn"),
+    ("192.0.2.2", ("192.0.2.2",), "good"), ("192.0.2.2", ("kvbank.example.org",), "good"), ("0.0.0.0", (), "warn"),
+    ("0.0.0.0", ("*.example.org",), "good"),
 ])
 def test_a_certificate_for_other_names_is_found(tmp_path: Path, host: str, names: tuple[str, ...], state: str) -> None:
     make_certificates(tmp_path, names=names)
@@ -183,6 +184,15 @@ def test_a_certificate_for_other_names_is_found(tmp_path: Path, host: str, names
                     tls_key=str(tmp_path / "https.key"))
     found = the(settings_health.locks(made, time.time()), "https names")
     assert found.state == state and (state == "good" or re.search("kvbank certs .* --name", found.remedy))
+
+
+def test_a_renewal_keeps_the_names_and_a_certificate_of_others_may_have_none(tmp_path: Path, monkeypatch) -> None:
+    make_certificates(tmp_path, names=["kvbank.example.org"], days=10)
+    files = {"tls_cert": str(tmp_path / "https.pem"), "tls_key": str(tmp_path / "https.key")}
+    found = the(settings_health.locks(settings(**files), time.time()), "https certificate")
+    assert found.state == "warn" and found.remedy == f"kvbank certs {tmp_path} --name kvbank.example.org"
+    monkeypatch.setattr(settings_health, "names_in", lambda _pem: [])
+    assert "no name at all" in the(settings_health.locks(settings(**files), time.time()), "https names").detail
 
 
 def test_a_network_in_clear_and_a_bad_file_of_keys_are_found(tmp_path: Path) -> None:

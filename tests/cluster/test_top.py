@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,11 @@ def test_a_member_that_was_started_again_counts_from_0_and_a_silent_one_has_no_r
 
 
 def test_a_narrow_screen_leaves_out_columns_and_cuts_none() -> None:
-    text = drawn(view(compare(status(300), status(100), 1.0), 80), 80)
-    assert "…" not in text and "borrowed" in text and "rows/s" in text and "answers/s" not in text and "lender-0" in text
+    name, seen = f"job-{'f' * 32}", status(300)                       # a name as a client makes them
+    seen = replace(seen, jobs=[replace(seen.jobs[0], id=name)])
+    text = drawn(view(compare(seen, status(100), 1.0), 80), 80)
+    assert "…" not in text and "borrowed" in text and "rows/s" in text and "answers/s" not in text
+    assert "lender-0" in text and name in text
 
 
 def test_a_screen_shows_all_and_says_when_it_leaves_something_out() -> None:
