@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,11 @@ from kvbank.cluster.config import child_env
 
 STREAMS, PROMPT_TOKENS, BLOCKS = 8, 16, 1024
 PROGRAM = str(Path(__file__).resolve())
+
+
+def unseen(rng: random.Random, vocab: int) -> list[int]:
+    """A prompt that nobody has seen."""
+    return [rng.randrange(vocab) for _ in range(PROMPT_TOKENS)]
 
 
 class Direct:
@@ -62,9 +67,8 @@ def alone(path: Path, model: Path) -> Iterator[Direct]:
             assert process.stdout is not None
             if not process.stdout.readline():
                 raise RuntimeError("the process of an engine alone ended before it listened")
-            asked = Direct(path)
-            yield asked
-            asked.close()
+            with closing(Direct(path)) as asked:
+                yield asked
         finally:
             process.kill()
 
@@ -96,8 +100,8 @@ class _Answers:
         from kvbank.workers.engine import Token
         from kvbank.workers.sequence import JobSpec
 
-        jobs = [JobSpec(id=f"direct-{next(self._names)}", prompt=[self._rng.randrange(self._vocab) for _ in range(PROMPT_TOKENS)],
-                        max_tokens=tokens, ignore_eos=True) for _ in range(STREAMS)]
+        jobs = [JobSpec(id=f"direct-{next(self._names)}", prompt=unseen(self._rng, self._vocab), max_tokens=tokens,
+                        ignore_eos=True) for _ in range(STREAMS)]
         began = time.perf_counter()
         self._engine.add(*jobs)
         events = self._engine.run_until_idle()

@@ -29,13 +29,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.direct import BLOCKS, PROGRAM, PROMPT_TOKENS, STREAMS, Direct, alone
+from bench.direct import BLOCKS, PROGRAM, STREAMS, Direct, alone, unseen
 from bench.engine import VOCAB, write_model
 from bench.report import Report, interleaved
 from kvbank import LocalCluster
@@ -68,13 +69,12 @@ class Reader:
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return made
 
-    def prompt(self) -> list[int]:
-        """One that nobody has seen."""
-        return [self._rng.randrange(self._vocab) for _ in range(PROMPT_TOKENS)]
+    def _prompts(self, count: int) -> list[list[int]]:
+        return [unseen(self._rng, self._vocab) for _ in range(count)]
 
     def decode(self, tokens: int) -> float:
         """As Direct.decode, through HTTP."""
-        request = self._request([self.prompt() for _ in range(STREAMS)], tokens)
+        request = self._request(self._prompts(STREAMS), tokens)
         began = time.perf_counter()
         answer = b"".join(self._answer(request))
         seconds = time.perf_counter() - began
@@ -84,7 +84,7 @@ class Reader:
 
     def first(self) -> float:
         """Milliseconds to a first token."""
-        request, answer, arrived = self._request([self.prompt()], 1), b"", 0.0
+        request, answer, arrived = self._request(self._prompts(1), 1), b"", 0.0
         time.sleep(REST_S)
         began = time.perf_counter()
         for piece in self._answer(request):
@@ -97,7 +97,7 @@ class Reader:
 
     def left(self) -> float:
         """Milliseconds from hanging up in the middle of an answer to no block in use."""
-        answer, pieces = b"", self._answer(self._request([self.prompt()], 4000))
+        answer, pieces = b"", self._answer(self._request(self._prompts(1), 4000))
         while not TOKEN.search(answer):
             answer += next(pieces)
         while not self._used():                      # the status is up to 0.1 s old
@@ -149,8 +149,7 @@ class Engine:
 
     def first(self) -> float:
         """As Reader.first, called directly."""
-        prompt = [self._rng.randrange(self._vocab) for _ in range(PROMPT_TOKENS)]
-        job = JobSpec(id=f"f{next(self._names)}", prompt=prompt, max_tokens=1, ignore_eos=True)
+        job = JobSpec(id=f"f{next(self._names)}", prompt=unseen(self._rng, self._vocab), max_tokens=1, ignore_eos=True)
         time.sleep(REST_S)
         began = time.perf_counter()
         self._engine.add(job)
@@ -208,12 +207,11 @@ def _decode(folder: Path, path: Path, repeats: int, tokens: int, **settings: Any
     with alone(path, folder) as engine:
         engine.decode(tokens)                            # warm-up
         by_itself = statistics.harmonic_mean([engine.decode(tokens) for _ in range(repeats)])
-    with _cluster(folder, path, **settings) as cluster:
-        direct, reader = Direct(path), Reader(cluster.address, VOCAB)
+    with _cluster(folder, path, **settings) as cluster, closing(Direct(path)) as direct:
+        reader = Reader(cluster.address, VOCAB)
         direct.decode(tokens), reader.decode(tokens)     # warm-up of both
         rates = interleaved(repeats, middle=statistics.harmonic_mean, engine=lambda: direct.decode(tokens),
                             gateway=lambda: reader.decode(tokens))
-        direct.close()
     return {"alone": by_itself, **rates}
 
 
