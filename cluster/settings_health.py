@@ -127,8 +127,8 @@ def _https_names(host: str, pem: Path) -> Iterator[Finding]:
         names = names_in(pem)
     except ConfigError:
         return
-    own = [name for name in names if name in LOOPBACK]
-    if own if is_loopback(host) else len(own) < len(names):
+    near, far = set(names) & set(LOOPBACK), set(names) - set(LOOPBACK)
+    if near if is_loopback(host) else far:
         yield good("https names", ", ".join(names))
     else:
         yield warn("https names", f"the certificate is for {', '.join(names) or 'no name at all'}; who calls http.host {host} "

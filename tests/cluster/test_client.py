@@ -7,6 +7,7 @@ import contextlib
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -181,16 +182,23 @@ def test_what_is_not_an_address_is_refused_at_once(address: str) -> None:
         Client(address)
 
 
-def test_who_speaks_http_to_an_https_gateway_is_told_so() -> None:
+@contextlib.contextmanager
+def one_that_says(words: bytes) -> Iterator[str]:
+    """Host and port of a server that hears its first caller, says this and hangs up."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         def hang_up() -> None:
             line, _ = server.accept()
             with line:
                 line.recv(4096)
-                line.sendall(b"\x15\x03\x01\x00\x02\x02\x46")              # a TLS alert, as https answers plain http
+                line.sendall(words)
         threading.Thread(target=hang_up, daemon=True).start()
-        with pytest.raises(errors.Unavailable, match="write https://"):
-            Client(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=10).status()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_who_speaks_http_to_an_https_gateway_is_told_so() -> None:
+    alert = b"\x15\x03\x01\x00\x02\x02\x46"                              # as https answers plain http
+    with one_that_says(alert) as where, pytest.raises(errors.Unavailable, match="write https://"):
+        Client(f"http://{where}", timeout_s=10).status()
 
 
 def test_who_speaks_https_to_an_http_gateway_is_told_so(make_worker, make_server) -> None:
@@ -201,15 +209,9 @@ def test_who_speaks_https_to_an_http_gateway_is_told_so(make_worker, make_server
 
 def test_a_server_that_refuses_the_handshake_is_not_called_one_without_tls() -> None:
     """Or its callers would send their keys in clear."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        def refuse() -> None:
-            line, _ = server.accept()
-            with line:
-                line.recv(4096)
-                line.sendall(b"\x15\x03\x03\x00\x02\x02\x28")              # the alert handshake_failure
-        threading.Thread(target=refuse, daemon=True).start()
-        with pytest.raises(errors.Unavailable, match="speaks TLS, but"):
-            Client(f"https://127.0.0.1:{server.getsockname()[1]}", timeout_s=10).status()
+    handshake_failure = b"\x15\x03\x03\x00\x02\x02\x28"
+    with one_that_says(handshake_failure) as where, pytest.raises(errors.Unavailable, match="speaks TLS, but"):
+        Client(f"https://{where}", timeout_s=10).status()
 
 
 def test_a_stream_goes_on_after_its_connection_broke(make_worker, make_server, answer_of) -> None:
