@@ -58,7 +58,7 @@ def test_a_second_lender_killed_while_the_first_ones_spans_are_replayed(cluster,
     town = cluster(workers=1, lenders=4, lender_blocks=128, prefill_chunk_tokens=32, restart=False, **FAST_TIMES)
     with Client(town.address) as client:
         job = client.submit(text(LONG), max_tokens=16, ignore_eos=True)
-        first, *others = in_prefill(client, job, until, 2600)
+        first, *others = in_prefill(client, job, until, 3000)      # 24 spans: more than 6 here and the 16 of one lender
         assert others, "one lender had it all"
         kill(town, first)
         until(lambda: spans_lost(client), 30)         # the replay begins
